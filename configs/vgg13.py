@@ -1,0 +1,27 @@
+"""VGG-13 with batch normalisation, as published (4096-wide head).
+
+    python -m flaxcls.main --config=configs/vgg13.py
+    python -m flaxcls.main --config=configs/vgg13.py:caltech101_3 --config.data.path=DIR
+"""
+
+from ml_collections import ConfigDict
+
+from flaxcls import config
+
+
+def get_config(dataset: str = "digits") -> ConfigDict:
+    c = config.for_dataset(dataset, min_size=32)
+    c.model.name = "vgg13"
+
+    c.train.batch_size = 64
+    c.train.epochs = 15
+    c.optimizer.name = "sgd"
+    c.optimizer.learning_rate = 1e-2
+    c.optimizer.momentum = 0.9
+    c.schedule.name = "cosine"
+
+    if dataset == "caltech101_3":
+        c.train.epochs = 12
+        c.schedule.name = "constant"
+        c.loss.class_weights = "complement"
+    return c

@@ -1,0 +1,236 @@
+"""Checkpoints: Orbax, written in the background, the latest few and the best.
+
+A checkpoint holds the train state, the metric state of the running epoch and, as JSON, the metric
+history (from which early stopping and the choice of the best epoch derive) and the fingerprint of
+the data. The position in the data is the state's step (see `data/loader.py`).
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from flaxcls.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read.
+
+    Attributes:
+      step: of the checkpoint.
+      state: a TrainState on the shardings asked for.
+      metrics: the MetricState of the epoch that was running.
+      log: {"history": list of metric records, "data": fingerprint, ...}.
+    """
+
+    step: int
+    state: Any
+    metrics: Any
+    log: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: of the run's checkpoints; made where it is missing.
+      keep: how many of the latest are kept, besides the best.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2):
+        # Orbax logs each file it touches.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._best_step: int | None = None
+        self.directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_LatestAndBest(self, keep),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    @property
+    def best_step(self) -> int | None:
+        return self._best_step
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self, step: int, state: Any, metrics: Any, log: dict[str, Any], best_step: int | None
+    ) -> None:
+        """Starts to write a checkpoint; returns once the arrays may be changed.
+
+        A step that is there already is left as it is.
+
+        Raises:
+          InputError: this or the previous checkpoint could not be written.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._best_step = best_step
+        with _writing(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    epoch=ocp.args.StandardSave(metrics),
+                    log=ocp.args.JsonSave(log),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk."""
+        with _writing(self.directory):
+            self._manager.wait_until_finished()
+
+    def restore_latest(self, state: Any, metrics: Any) -> Restored | None:
+        """Reads the newest checkpoint that can be read, or returns None where there is none.
+
+        Args:
+          state: the abstract state: shapes, dtypes and shardings to restore to.
+          metrics: likewise.
+
+        Raises:
+          InputError: there are checkpoints, but none of them fits.
+        """
+        failures = []
+        for step in reversed(self.steps()):
+            try:
+                return self.restore(step, state, metrics)
+            except InputError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+        return None
+
+    def restore(self, step: int, state: Any, metrics: Any) -> Restored:
+        """Reads one checkpoint.
+
+        Raises:
+          InputError: there is no such step, its arrays have other shapes, or it is damaged.
+        """
+        if step not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise InputError(
+                f"{self.directory}: no checkpoint of step {step}; there are {known}"
+            )
+        self._check_shapes(step, state)
+        try:
+            read = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(state),
+                    epoch=ocp.args.StandardRestore(metrics),
+                    log=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
+            raise InputError(
+                f"{self.directory / str(step)}: the checkpoint is damaged "
+                f"({_first_line(error)}); remove this folder to go on from the one before"
+            ) from error
+        return Restored(step, read["state"], read["epoch"], read["log"])
+
+    def _check_shapes(self, step: int, state: Any) -> None:
+        """Names the first array whose shape is another than the model's."""
+        try:
+            stored = self._manager.item_metadata(step)["state"]
+            there = _paths(stored if not hasattr(stored, "tree") else stored.tree)
+        except Exception as error:
+            raise InputError(
+                f"{self.directory / str(step)}: the checkpoint is damaged "
+                f"({_first_line(error)}); remove this folder to go on from the one before"
+            ) from error
+        wanted = _paths(state)
+        for path in sorted(wanted.keys() | there.keys()):
+            a, b = there.get(path), wanted.get(path)
+            if a != b:
+                raise InputError(
+                    f"{self.directory / str(step)}: {path} has shape {a} in the checkpoint and {b} "
+                    "in the model; use the config that the run was trained with"
+                )
+
+    def close(self) -> None:
+        with _writing(self.directory):
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _LatestAndBest:
+    """Orbax's policy of what stays: the latest few and the best."""
+
+    def __init__(self, checkpoints: Checkpoints, keep: int):
+        self._checkpoints = checkpoints
+        self._keep = keep
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        del context
+        first_kept = len(checkpoints) - self._keep
+        return [
+            i >= first_kept or info.step == self._checkpoints.best_step
+            for i, info in enumerate(checkpoints)
+        ]
+
+
+def abstract(tree: Any, sharding: Any) -> Any:
+    """Returns shapes and dtypes of a tree together with the sharding(s) to restore it to."""
+    shapes = jax.eval_shape(lambda: tree) if not _is_abstract(tree) else tree
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
+    )
+
+
+def _is_abstract(tree: Any) -> bool:
+    return all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def _paths(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        "/".join(_key(k) for k in path): tuple(leaf.shape)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape") and leaf.shape is not None
+    }
+
+
+def _key(entry: Any) -> str:
+    for name in ("key", "name", "idx"):
+        if hasattr(entry, name):
+            return str(getattr(entry, name))
+    return str(entry)
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{directory}: the checkpoint could not be written ({_first_line(error)}); free some "
+            "space or give another --workdir, then run the same command to resume from the last "
+            "complete one"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,0 +1,134 @@
+"""`load_dataset`: from the plain arguments of a config to a Dataset with its splits."""
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from flaxcls.data.dataset import (
+    Dataset,
+    match_classes,
+    select_classes,
+    with_parents,
+)
+from flaxcls.data.decode import ImageSpec
+from flaxcls.data.splits import draw_classes, split_dataset, take_per_class
+from flaxcls.errors import InputError
+
+# Source -> the arguments of `read` in sources/SOURCE.py, a module imported when it is asked for.
+SOURCES: dict[str, tuple[str, ...]] = {
+    "digits": (),
+    "idx": ("path", "name"),
+    "image_folder": ("path", "classes", "on_bad", "known_classes", "threads"),
+    "npy": ("path", "classes", "num_classes_drawn", "per_class", "seed"),
+    "npz": ("path",),
+    "tfds": ("path", "name", "spec", "threads"),
+}
+
+
+def load_dataset(
+    source: str,
+    path: str = "",
+    *,
+    name: str = "",
+    classes: Sequence[str] = (),
+    num_classes_drawn: int = 0,
+    per_class: float = 0.0,
+    parents: Mapping[str, str] | None = None,
+    val_fraction: float = 0.0,
+    test_fraction: float = 0.0,
+    split_mode: str = "auto",
+    stratify: bool = True,
+    max_per_class: int = 0,
+    on_bad: str = "error",
+    seed: int = 0,
+    spec: ImageSpec | None = None,
+    known_classes: Sequence[str] = (),
+    threads: int = 0,
+) -> Dataset:
+    """Read a source and return its data set with the splits of an experiment.
+
+    source: one of SOURCES; path: its folder or file (none for `digits`).
+    name: the TFDS name, or which IDX set it is (`mnist`, `fashion_mnist`).
+    classes: only these, numbered in this order; num_classes_drawn: so many, drawn with the seed.
+    per_class: of each class in `train`, a fraction (below 1) or a number, by lot; 0 for all.
+    parents: class name -> parent name, for hierarchical models.
+    val_fraction, test_fraction, split_mode, stratify, max_per_class, seed: see `split_dataset`.
+    on_bad: `error` or `skip` for files that are no images.
+    spec: how images of differing sizes are brought to one (`tfds`).
+    known_classes: a trained model's classes, to evaluate it on other data: labels are numbered so,
+        classes may be missing, nothing is drawn and no training split is asked for.
+    threads: for reading files; 0 is one a CPU.
+    Raises InputError, one sentence that names the thing and the remedy.
+    """
+    if source not in SOURCES:
+        near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.4)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(SOURCES)}"
+        raise InputError(f"data.source: unknown source '{source}'; {hint}")
+    if classes and num_classes_drawn:
+        raise InputError(
+            "data.classes and data.num_classes_drawn are both set; set one of them, as the first "
+            "names the classes and the second draws them"
+        )
+    arguments = {
+        "path": path,
+        "name": name,
+        "classes": tuple(classes),
+        "num_classes_drawn": num_classes_drawn,
+        "per_class": per_class,
+        "on_bad": on_bad,
+        "seed": seed,
+        "spec": spec,
+        "known_classes": tuple(known_classes),
+        "threads": threads,
+    }
+    for key in ("path", "name"):
+        if arguments[key] and key not in SOURCES[source]:
+            raise InputError(
+                f"data.{key}: source '{source}' takes none; leave data.{key} empty "
+                "or choose another data.source"
+            )
+    reader = importlib.import_module(f"flaxcls.data.sources.{source}")
+    dataset = reader.read(**{key: arguments[key] for key in SOURCES[source]})
+    dataset = _selected(dataset, source, tuple(classes), num_classes_drawn, per_class, seed)
+    if parents:
+        dataset = with_parents(dataset, parents)
+    if known_classes:
+        return match_classes(dataset, known_classes)
+    if len(dataset.class_names) < 2:
+        raise InputError(
+            f"{dataset.name}: a classifier needs at least 2 classes, found "
+            f"{len(dataset.class_names)} ({', '.join(dataset.class_names)}); add another class"
+        )
+    return split_dataset(
+        dataset,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        mode=split_mode,
+        stratify=stratify,
+        max_per_class=max_per_class,
+        seed=seed,
+    )
+
+
+def _selected(
+    dataset: Dataset,
+    source: str,
+    classes: tuple[str, ...],
+    num_classes_drawn: int,
+    per_class: float,
+    seed: int,
+) -> Dataset:
+    """Choose classes and examples where the source has not done so while reading."""
+    takes = SOURCES[source]
+    if num_classes_drawn and "num_classes_drawn" not in takes:
+        drawn = draw_classes(dataset.class_names, num_classes_drawn, seed)
+        dataset = select_classes(dataset, drawn)
+        note = f"{num_classes_drawn} classes drawn with seed {seed}: {', '.join(drawn)}."
+        dataset = replace(dataset, notes=(*dataset.notes, note))
+    elif classes and "classes" not in takes:
+        dataset = select_classes(dataset, classes)
+    if per_class and "per_class" not in takes and "train" in dataset.splits:
+        train = take_per_class(dataset.splits["train"], per_class, seed, "train", "per_class")
+        dataset = replace(dataset, splits={**dataset.splits, "train": train})
+    return dataset

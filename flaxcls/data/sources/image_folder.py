@@ -1,0 +1,224 @@
+"""Folders of image files: one folder a class, or `train/ val/ test/` above such folders.
+
+Classes are the sorted folder names and files are walked as torchvision's ImageFolder walks them
+(sorted, folders inside a class folder included, links followed); hidden files are ignored.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from flaxcls.data.dataset import SPLITS, Dataset, Split, unknown_class
+from flaxcls.data.decode import EXTENSIONS, check_images
+from flaxcls.data.paths import existing_folder
+from flaxcls.errors import InputError
+
+_HOLDS = "images, one folder a class"
+_SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+_NOT_DATA = frozenset(("desktop.ini", "thumbs.db"))  # What Windows leaves in folders of images.
+
+
+def read(
+    path: str | Path,
+    classes: tuple[str, ...] = (),
+    on_bad: str = "error",
+    known_classes: tuple[str, ...] = (),
+    threads: int = 0,
+) -> Dataset:
+    """Return the splits on disk as file references; a folder without split folders is all `train`.
+
+    classes: only these, numbered in this order; all, sorted, where empty.
+    on_bad: what to do with files that are no images: `error`, or `skip` and list them. An error is
+        raised for what a file's first and last bytes show; skipping decodes every file once.
+    known_classes: the classes of a trained model, where the folder is only evaluated: it then needs
+        neither training images nor every class.
+    Raises InputError, naming the folder or the files.
+    """
+    if on_bad not in ("error", "skip"):
+        raise InputError(f"data.on_bad must be 'error' or 'skip', not '{on_bad}'")
+    root = existing_folder(path, _HOLDS)
+    layout = _layout(root)
+    notes = _unused(root, layout)
+    present = {key: _class_folders(folder) for key, folder in layout.items()}
+    class_names = known_classes or _class_names(root, present, classes)
+    chosen = set(classes or class_names)
+    found: dict[str, list[tuple[Path, int]]] = {}
+    strangers: list[Path] = []
+    for key, folders in present.items():
+        found[key] = []
+        for label, name in enumerate(class_names):
+            if name not in folders or name not in chosen:
+                continue
+            images, others = _files(folders[name])
+            if not images and key == "train" and not known_classes:
+                raise InputError(_empty_class(folders[name], others))
+            found[key] += [(file, label) for file in images]
+            strangers += others
+    for key, folders in present.items():
+        for name in folders:
+            if name not in class_names and not classes:
+                raise InputError(_stray_class(layout[key], name, known_classes))
+        if not found[key]:
+            raise InputError(
+                f"data.path: no images in '{layout[key]}'; add some or remove the folder"
+            )
+    dataset, bad = _splits(root, found, on_bad, threads)
+    faults = {str(f.relative_to(root)): "is not an image file" for f in strangers} | bad
+    if faults and on_bad == "error":
+        total = sum(len(files) for files in found.values()) + len(strangers)
+        raise InputError(_listing(root, faults, total))
+    for label, name in enumerate(class_names):
+        if not known_classes and not (dataset["train"].labels == label).any():
+            raise InputError(
+                f"data.path: no file of class '{name}' in '{layout['train']}' can be read as an "
+                "image; replace them or remove the folder"
+            )
+    return Dataset(root.name, class_names, dataset, skipped=tuple(sorted(faults)), notes=notes)
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        kept = (e for e in entries if not e.name.startswith("."))
+        return sorted((e for e in kept if e.name.lower() not in _NOT_DATA), key=lambda e: e.name)
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _class_folders(folder: Path) -> dict[str, Path]:
+    entries = _visible(folder)
+    folders = {e.name: Path(e.path) for e in entries if e.is_dir()}
+    if not folders:
+        raise InputError(
+            f"data.path: no class folders in '{folder}' (found {len(entries)} files at its top "
+            "level); put each class in its own folder"
+        )
+    return folders
+
+
+def _layout(root: Path) -> dict[str, Path]:
+    """Return split -> folder of class folders; the root is `train` where there are no splits."""
+    folders = [Path(e.path) for e in _visible(root) if e.is_dir()]
+    named = [f for f in folders if f.name.lower() in _SPLIT_FOLDERS]
+    layout: dict[str, Path] = {}
+    for folder in named:
+        # A class may be called "train" (the vehicle): it holds no folders and has other neighbours.
+        if len(named) < len(folders) and not any(e.is_dir() for e in _visible(folder)):
+            continue
+        key = _SPLIT_FOLDERS[folder.name.lower()]
+        if key in layout:
+            raise InputError(
+                f"data.path: '{root}' has both '{layout[key].name}' and '{folder.name}'; keep one "
+                "folder a split"
+            )
+        layout[key] = folder
+    return {key: layout[key] for key in SPLITS if key in layout} or {"train": root}
+
+
+def _unused(root: Path, layout: dict[str, Path]) -> tuple[str, ...]:
+    notes = []
+    if root not in layout.values():
+        used = {folder.name for folder in layout.values()}
+        others = [e.name for e in _visible(root) if e.is_dir() and e.name not in used]
+        if others:
+            notes.append(f"Not used: {', '.join(others)} in '{root}', beside the split folders.")
+    for folder in {root, *layout.values()}:
+        loose = [e.name for e in _visible(folder) if not e.is_dir() and _is_image(e.name)]
+        if loose and any(e.is_dir() for e in _visible(folder)):
+            notes.append(f"Not used: {len(loose)} images in '{folder}', outside any class folder.")
+    return tuple(sorted(notes))
+
+
+def _class_names(
+    root: Path, present: dict[str, dict[str, Path]], classes: tuple[str, ...]
+) -> tuple[str, ...]:
+    if "train" not in present:
+        raise InputError(
+            f"data.path: '{root}' has {' and '.join(present)} but no train folder; add 'train'"
+        )
+    folders = present["train"]
+    for name in classes:
+        if name not in folders:
+            raise InputError(unknown_class(name, tuple(folders), f"'{root}'"))
+    return classes or tuple(folders)
+
+
+def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return (image files, other files) under a class folder."""
+    images: list[Path] = []
+    others: list[Path] = []
+    seen: set[str] = set()
+
+    def walk(place: Path) -> None:
+        real = os.path.realpath(place)
+        if real in seen:  # A link to a folder above would be walked for ever.
+            return
+        seen.add(real)
+        entries = _visible(place)
+        for entry in entries:
+            if not entry.is_dir():
+                (images if _is_image(entry.name) else others).append(Path(entry.path))
+        for entry in entries:
+            if entry.is_dir():
+                walk(Path(entry.path))
+
+    walk(folder)
+    return images, others
+
+
+def _splits(
+    root: Path,
+    found: dict[str, list[tuple[Path, int]]],
+    on_bad: str,
+    threads: int,
+) -> tuple[dict[str, Split], dict[str, str]]:
+    splits: dict[str, Split] = {}
+    bad: dict[str, str] = {}
+    for key, files in found.items():
+        paths = tuple(str(file) for file, _ in files)
+        names = tuple(file.relative_to(root).as_posix() for file, _ in files)
+        labels = np.array([label for _, label in files], np.int32)
+        aspect, faults = check_images(paths, thorough=on_bad == "skip", threads=threads)
+        split = Split(paths, labels, names=names, aspect=aspect)
+        good = np.setdiff1d(np.arange(len(paths)), list(faults))
+        splits[key] = split.take(good) if faults else split
+        bad |= {names[i]: fault for i, fault in faults.items()}
+    return splits, bad
+
+
+def _empty_class(folder: Path, others: list[Path]) -> str:
+    held = f"(it holds {len(others)} other files)" if others else "(it is empty)"
+    return (
+        f"data.path: no images in the class folder '{folder}' {held}; add some or remove the folder"
+    )
+
+
+def _stray_class(folder: Path, name: str, known_classes: tuple[str, ...]) -> str:
+    if known_classes:
+        return (
+            f"data.path: class '{name}' in '{folder}' is not one of the {len(known_classes)} "
+            "classes the model was trained on; remove or rename the folder"
+        )
+    return (
+        f"data.path: class '{name}' in '{folder}' has no folder in train; add training images "
+        "of it or remove the folder"
+    )
+
+
+def _listing(root: Path, faults: dict[str, str], total: int) -> str:
+    shown = "; ".join(f"'{name}' {faults[name]}" for name in sorted(faults)[:8])
+    more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+    return (
+        f"data.path: {len(faults)} of {total} files in '{root}' cannot be read as images: "
+        f"{shown}{more}; replace or remove them, or set data.on_bad=skip to leave them out"
+    )

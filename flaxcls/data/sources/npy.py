@@ -1,0 +1,81 @@
+"""QuickDraw's layout: a folder of NAME.npy, one a class (https://quickdraw.withgoogle.com/data)."""
+
+import difflib
+from pathlib import Path
+
+import numpy as np
+
+from flaxcls.data.arrays import as_images
+from flaxcls.data.dataset import Dataset, Split
+from flaxcls.data.paths import existing_folder
+from flaxcls.data.splits import draw_classes, draw_order, per_class_count
+from flaxcls.errors import InputError
+
+_HOLDS = "NAME.npy files, one a class"
+
+
+def read(
+    path: str | Path,
+    classes: tuple[str, ...] = (),
+    num_classes_drawn: int = 0,
+    per_class: float = 0.0,
+    seed: int = 0,
+) -> Dataset:
+    """Return the classes' images as one split `train`, uint8 (N, H, W, C), class after class.
+
+    Files are memory-mapped, so that only the images asked for are read.
+
+    classes: only these, numbered in this order; all, sorted, where empty.
+    num_classes_drawn: so many, drawn with the seed; which ones is recorded in the data set.
+    per_class: of each class a fraction (below 1) or a number, by lot, the same whichever other
+        classes are read; 0 for all.
+    Raises InputError, naming the file.
+    """
+    folder = existing_folder(path, _HOLDS)
+    files = {f.stem: f for f in sorted(folder.glob("*.npy")) if not f.name.startswith(".")}
+    if not files:
+        raise InputError(f"data.path: no .npy files in '{folder}'; set it to a folder of {_HOLDS}")
+    notes: tuple[str, ...] = ()
+    class_names = classes or tuple(files)
+    if num_classes_drawn:
+        class_names = draw_classes(tuple(files), num_classes_drawn, seed)
+        notes = (
+            f"{num_classes_drawn} of {len(files)} classes drawn with seed {seed}: "
+            f"{', '.join(class_names)}.",
+        )
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    names: list[str] = []
+    for label, name in enumerate(class_names):
+        if name not in files:
+            raise InputError(_no_file(folder, name, tuple(files)))
+        array = _mapped(files[name])
+        if images and array.shape[1:] != images[0].shape[1:]:
+            raise InputError(
+                f"'{files[name]}' holds images of shape {array.shape[1:]} but "
+                f"'{files[class_names[0]]}' of {images[0].shape[1:]}; give all classes one shape"
+            )
+        count = per_class_count(per_class, len(array))
+        rows = np.sort(draw_order(len(array), seed, "per_class", name)[:count])
+        images.append(array[rows] if count < len(array) else np.asarray(array))
+        labels.append(np.full(count, label, np.int32))
+        names += [f"{files[name].name}/{row}" for row in rows]
+    split = Split(np.concatenate(images), np.concatenate(labels), names=tuple(names))
+    return Dataset(folder.name, class_names, {"train": split}, notes=notes)
+
+
+def _mapped(file: Path) -> np.ndarray:
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"'{file}' is not a whole .npy file ({error}); replace it") from error
+    images = as_images(array, f"'{file}'")
+    if not len(images):
+        raise InputError(f"'{file}' holds no images; remove it or add images of its class")
+    return images
+
+
+def _no_file(folder: Path, name: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"it has {len(known)} others"
+    return f"data.classes: no '{name}.npy' in '{folder}'; {hint}"

@@ -1,0 +1,116 @@
+"""Exact evaluation: every example of a split counted once, whatever the batch or the devices."""
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flaxcls import metrics, runlog
+from flaxcls.data.dataset import Split
+from flaxcls.experiment import Experiment
+from flaxcls.sharding import fetch, replicated
+from flaxcls.step import compile_eval_step
+
+
+class Evaluation(NamedTuple):
+    """What evaluating a split gave.
+
+    Attributes:
+      record: the metrics, as `metrics.compute` returns them.
+      confusion: int (C, C), rows the truth.
+      first_bad_step: 0 where a loss was not finite, else -1.
+      logits: float (N, C) where they were asked for, else None.
+    """
+
+    record: dict[str, Any]
+    confusion: np.ndarray
+    first_bad_step: int
+    logits: np.ndarray | None
+
+
+class Evaluator:
+    """Evaluates variables of one experiment; the step is compiled once for all splits and epochs."""
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+        sharding = replicated(experiment.mesh)
+        self._step = compile_eval_step(experiment.recipe, sharding)
+        self._empty = jax.jit(experiment.empty_metrics, out_shardings=sharding)
+
+    def __call__(
+        self,
+        variables: Any,
+        split: str,
+        *,
+        keep_logits: bool = False,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> Evaluation:
+        """Evaluates one split.
+
+        Args:
+          variables: {"params", "batch_stats"}, on the devices.
+          split: a key of the experiment's feeds.
+          keep_logits: bring the logits to the host too.
+          on_step: called with the number of batches done, for a progress bar.
+        """
+        config, feed = self._experiment.config, self._experiment.data.feeds[split]
+        batch_size = config.eval.batch_size or config.train.batch_size
+        state = self._empty()
+        outputs = []
+        with feed.evaluate(batch_size) as batches:
+            for step, (_, batch) in enumerate(batches, start=1):
+                state, logits = self._step(variables, state, batch, feed.resident)
+                outputs.append(logits)
+                if not keep_logits and len(outputs) > 2:
+                    # Not further ahead of the device than it takes to keep it busy.
+                    outputs.pop(0).block_until_ready()
+                on_step(step)
+        host = fetch(state)
+        logits = None
+        if keep_logits:
+            logits = np.concatenate(fetch(outputs))[: len(feed.split)]
+        return Evaluation(
+            metrics.compute(host), metrics.confusion(host), int(host.first_bad_step), logits
+        )
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns probabilities, float64 (N, C), of logits (N, C)."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    exponentials = np.exp(shifted)
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def write_predictions(
+    folder: Path, name: str, split: Split, logits: np.ndarray, class_names: tuple[str, ...]
+) -> None:
+    """Writes `NAME.npz` and `NAME.csv`, one row an example in the split's order.
+
+    The `.npz` holds index int32 (N,), label int32 (N,), logits float (N, C), probabilities float32
+    (N, C) and class_names; the `.csv` index, file, truth, prediction and its probability.
+    """
+    probabilities = softmax(logits)
+    predictions = logits.argmax(axis=1)
+    index = np.arange(len(logits), dtype=np.int32)
+    arrays = io.BytesIO()
+    np.savez_compressed(
+        arrays,
+        index=index,
+        label=split.labels,
+        logits=logits,
+        probabilities=probabilities.astype(np.float32),
+        class_names=np.array(class_names),
+    )
+    runlog.write_bytes(folder / f"{name}.npz", arrays.getvalue())
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["index", "file", "truth", "prediction", "probability"])
+    for i, (label, guess) in enumerate(zip(split.labels, predictions, strict=True)):
+        file = split.names[i] if split.names is not None else ""
+        row = [i, file, class_names[label], class_names[guess], f"{probabilities[i, guess]:.6f}"]
+        writer.writerow(row)
+    runlog.write_bytes(folder / f"{name}.csv", table.getvalue().encode())

@@ -1,0 +1,127 @@
+"""VGG (Simonyan and Zisserman 2015, table 1), with batch normalisation by default.
+
+Its `init` is torchvision's by default: fan-out scaling keeps the size of the signal through 16
+convolutions also without batch normalisation, where PyTorch's plain default shrinks it to 0.4 of
+itself a layer. The Caltech-101 results were published with that plain default, `init="pytorch"`.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flaxcls import ops
+from flaxcls.models.layers import Layers, check_images, flatten
+
+CHANNELS = (64, 128, 256, 512, 512)
+
+
+class VGGTrunk(nn.Module):
+    """Five stages of 3x3 convolutions, each halved by a max pool.
+
+    Attributes:
+      convs: convolutions a stage.
+      pointwise_last: variant C: the last convolution of stages 3, 4 and 5 is 1x1.
+      batch_norm: normalise between convolution and ReLU.
+      layers: the layers' initialisation and precision.
+    """
+
+    convs: tuple[int, int, int, int, int]
+    pointwise_last: bool
+    batch_norm: bool
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """x (N, H, W, C) -> (N, H // 32, W // 32, 512)."""
+        for stage, (features, convs) in enumerate(zip(CHANNELS, self.convs, strict=True), 1):
+            for i in range(1, convs + 1):
+                pointwise = self.pointwise_last and stage >= 3 and i == convs
+                kernel = 1 if pointwise else 3
+                x = self.layers.conv(x, features, kernel, name=f"conv{stage}_{i}")
+                if self.batch_norm:
+                    x = self.layers.batch_norm(x, train, name=f"norm{stage}_{i}")
+                x = nn.relu(x)
+            x = ops.max_pool(x, (2, 2))
+        return x
+
+
+class VGGClassifier(nn.Module):
+    """Two dense layers with ReLU and dropout, and the logits.
+
+    Attributes:
+      num_classes: classes.
+      head_width: features of the two dense layers.
+      dropout: share of their outputs that training drops.
+      layers: the layers' initialisation and precision.
+    """
+
+    num_classes: int
+    head_width: int
+    dropout: float
+    layers: Layers
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """x (N, F) -> logits (N, num_classes), at least float32."""
+        for i in (1, 2):
+            x = nn.relu(self.layers.dense(x, self.head_width, name=f"dense{i}"))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return self.layers.logits(x, self.num_classes)
+
+
+class VGG(nn.Module):
+    """VGG for images of at least 32x32 pixels.
+
+    Attributes:
+      num_classes: classes.
+      convs: convolutions a stage.
+      pointwise_last: variant C: the last convolution of stages 3, 4 and 5 is 1x1.
+      batch_norm: normalise between convolution and ReLU.
+      head_width: features of the two hidden dense layers.
+      dropout: share of their outputs that training drops.
+      pool_size: the trunk's map is averaged to this height and width, as torchvision's to 7; None
+        takes it as it is, so that the parameters depend on the size of the images.
+      initialisation: the option `init`: where the weights start, a key of `layers.INITIALISATIONS`.
+      dtype: dtype of the computation; None: what images and parameters promote to.
+      param_dtype: dtype of the parameters.
+    """
+
+    num_classes: int
+    convs: tuple[int, int, int, int, int]
+    pointwise_last: bool = False
+    batch_norm: bool = True
+    head_width: int = 4096
+    dropout: float = 0.0
+    pool_size: int | None = None
+    initialisation: str = "torchvision"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """images (N, H, W, C), H and W >= 32 -> logits (N, num_classes), at least float32.
+
+        Raises:
+          InputError: the images are too small.
+        """
+        check_images(images, "vgg", smallest=32)
+        layers = Layers(self.initialisation, self.dtype, self.param_dtype)
+        x = VGGTrunk(self.convs, self.pointwise_last, self.batch_norm, layers, name="trunk")(
+            images, train
+        )
+        if self.pool_size is not None:
+            x = ops.adaptive_avg_pool(x, self.pool_size)
+        classifier = VGGClassifier(
+            self.num_classes, self.head_width, self.dropout, layers, name="classifier"
+        )
+        return classifier(flatten(x), train)
+
+
+vgg11 = partial(VGG, convs=(1, 1, 2, 2, 2))
+vgg13 = partial(VGG, convs=(2, 2, 2, 2, 2))
+vgg16c = partial(VGG, convs=(2, 2, 3, 3, 3), pointwise_last=True)
+vgg16 = partial(VGG, convs=(2, 2, 3, 3, 3))
+vgg19 = partial(VGG, convs=(2, 2, 4, 4, 4))

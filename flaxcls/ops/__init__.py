@@ -1,0 +1,35 @@
+"""Convolution, pooling and normalisation, as fast as the backend allows.
+
+Parameter trees are those of flax.linen's own layers, so a checkpoint opens under every backend.
+"""
+
+from flax.linen import Dense
+
+from flaxcls.ops.backend import (
+    BACKENDS,
+    backend,
+    compiler_options,
+    prepare_process,
+    set_backend,
+    use_backend,
+)
+from flaxcls.ops.conv import Conv, Padding, convolve
+from flaxcls.ops.norm import BatchNorm
+from flaxcls.ops.pool import adaptive_avg_pool, avg_pool, max_pool
+
+__all__ = [
+    "BACKENDS",
+    "BatchNorm",
+    "Conv",
+    "Dense",
+    "Padding",
+    "adaptive_avg_pool",
+    "avg_pool",
+    "backend",
+    "compiler_options",
+    "convolve",
+    "max_pool",
+    "prepare_process",
+    "set_backend",
+    "use_backend",
+]

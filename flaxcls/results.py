@@ -1,0 +1,201 @@
+"""What a run leaves in its folder, from the first line of its log to the predictions of its best."""
+
+import contextlib
+import io
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from flaxcls import config as config_module
+from flaxcls import pretrained, runlog
+from flaxcls.analysis.plots import plot_run
+from flaxcls.data.dataset import class_counts
+from flaxcls.errors import InputError
+from flaxcls.evaluate import Evaluator, write_predictions
+from flaxcls.experiment import Experiment, image_spec, stored_images
+from flaxcls.history import Record, summary
+from flaxcls.progress import Progress
+from flaxcls.sharding import fetch, replicated
+
+FORMAT_VERSION = 1
+
+
+class RunFiles:
+    """The files of one run, apart from its checkpoints; only the first process writes.
+
+    Opening refuses a folder that belongs to another config or to another process. A context
+    manager.
+
+    Attributes:
+      folder: of the run.
+      finished_summary: the run's `summary.json` where there is nothing left to do, else None.
+    """
+
+    def __init__(self, folder: Path, config: ConfigDict):
+        self.folder = folder
+        self.writes = jax.process_index() == 0
+        self._config = config
+        self._lock = runlog.RunFolder(folder) if self.writes else contextlib.nullcontext()
+        self._events: runlog.Events | None = None
+        try:
+            self.finished_summary = self._compare(folder / "config.json")
+        except BaseException:
+            self._release()
+            raise
+
+    def __enter__(self) -> "RunFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._events is not None:
+            self._events.close()
+        self._release()
+
+    def _release(self) -> None:
+        if isinstance(self._lock, runlog.RunFolder):
+            self._lock.close()
+
+    def _compare(self, path: Path) -> dict[str, Any] | None:
+        if not path.exists():
+            return None
+        stored = config_module.get_config(str(path))
+        differing = config_module.differences(stored, self._config)
+        if differing:
+            raise InputError(
+                f"{self.folder} holds a run with another config ({'; '.join(differing)}); "
+                "give another --workdir, or the same config to resume"
+            )
+        done = self.folder / "summary.json"
+        if done.exists() and stored.train.epochs >= self._config.train.epochs:
+            return runlog.read_json(done)
+        return None
+
+    def show_finished(self) -> None:
+        """Prints the summary of a run that has nothing left to do."""
+        history = runlog.read_metrics(self.folder / "metrics.jsonl")
+        with Progress(epochs=1, steps_per_epoch=1, batch_size=1, enabled=self.writes) as progress:
+            progress.note(f"{self.folder} is finished; nothing to do")
+            progress.finish(self.finished_summary or {}, history, str(self.folder))
+
+    def begin(self, experiment: Experiment) -> None:
+        """Writes what is known before the first step."""
+        if not self.writes:
+            return
+        with runlog.writing(self.folder):
+            config_module.save(self._config, self.folder / "config.json")
+        runlog.record_session(self.folder / "environment.json")
+        images, labels, index = exemplars(experiment)
+        runlog.write_json(self.folder / "preprocess.json", describe(experiment, images))
+        arrays = io.BytesIO()
+        names = np.array(experiment.data.dataset.class_names)
+        np.savez_compressed(arrays, image=images, label=labels, index=index, class_names=names)
+        runlog.write_bytes(self.folder / "exemplars.npz", arrays.getvalue())
+
+    def rewrite_history(self, history: list[Record]) -> None:
+        """Makes `metrics.jsonl` and the events those of `history`: what follows is done anew."""
+        if not self.writes:
+            return
+        runlog.write_metrics(self.folder / "metrics.jsonl", history)
+        if self._config.log.tensorboard:
+            self._events = runlog.Events(self.folder / "tensorboard", history)
+
+    def add_records(self, records: list[Record]) -> None:
+        if not self.writes:
+            return
+        for record in records:
+            runlog.append_metrics(self.folder / "metrics.jsonl", record)
+            if self._events is not None:
+                self._events.add(record)
+
+    def resume_command(self) -> str:
+        return shlex.join(sys.orig_argv)
+
+    def finish(
+        self,
+        experiment: Experiment,
+        variables: Any,
+        evaluator: Evaluator,
+        history: list[Record],
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Evaluates the best variables, writes what a finished run holds, and shows the summary."""
+        held_out = [split for split in ("val", "test") if split in experiment.data.feeds]
+        results = {}
+        for split in held_out:
+            results[split] = evaluator(variables, split, keep_logits=True)
+        gather = jax.jit(lambda tree: tree, out_shardings=replicated(experiment.mesh))
+        on_host = fetch(gather(variables))
+        test = results["test"].record if "test" in results else None
+        summarised = summary(
+            history,
+            model=self._config.model.name,
+            params=experiment.count_parameters(),
+            monitor=experiment.best_by,
+            test=test,
+        )
+        if not self.writes:
+            return summarised
+        dataset = experiment.data.dataset
+        for split, result in results.items():
+            write_predictions(
+                self.folder / "predictions",
+                split,
+                dataset.splits[split],
+                result.logits,
+                dataset.class_names,
+            )
+        with runlog.writing(self.folder / "weights.safetensors"):
+            pretrained.save(self.folder / "weights.safetensors", self._config.model.name, on_host)
+        if self._config.log.plots:
+            shown = held_out[-1] if held_out else None
+            plot_run(
+                history,
+                results[shown].confusion if shown else None,
+                dataset.class_names,
+                {key: counts.tolist() for key, counts in class_counts(dataset).items()},
+                self.folder / "plots",
+                monitor=experiment.best_by,
+                **({"confusion_split": shown} if shown else {}),
+            )
+        runlog.write_json(self.folder / "summary.json", summarised)
+        progress.finish(summarised, history, str(self.folder))
+        return summarised
+
+
+def describe(experiment: Experiment, images: np.ndarray) -> dict[str, Any]:
+    """Returns `preprocess.json`: how an image becomes the model's input, and what classes mean."""
+    spec, p = image_spec(experiment.config), experiment.recipe.preprocess
+    dataset = experiment.data.dataset
+    return {
+        "format_version": FORMAT_VERSION,
+        "size": p.size,
+        "channels": p.channels,
+        "resize": spec.resize,
+        "crop_fraction": spec.crop_fraction,
+        "crop_order": spec.crop_order,
+        "mean": p.mean,
+        "std": p.std,
+        "class_names": dataset.class_names,
+        "parent_names": dataset.parent_names,
+        "class_counts": class_counts(dataset)["train"],
+        "pixels": runlog.pixel_statistics(images),
+        "fingerprint": experiment.data.fingerprint,
+    }
+
+
+def exemplars(experiment: Experiment) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns some training images of each class, with their labels and indices.
+
+    uint8 (M, S, S, C) at the size of training (images that are enlarged in the step, as they are
+    stored), int32 (M,), int64 (M,).
+    """
+    train = experiment.data.dataset.splits["train"]
+    spec = image_spec(experiment.config)
+    index = runlog.choose_exemplars(train.labels, bytes_per_image=spec.size**2 * spec.channels)
+    chosen = train.take(index)
+    return stored_images(chosen, spec), chosen.labels, index

@@ -1,0 +1,84 @@
+"""TrainState: everything that a training step changes, and nothing else."""
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Stream(enum.IntEnum):
+    """Each use of randomness has a stream of its own, `fold_in(key(seed), stream)`."""
+
+    INIT = 0
+    DROPOUT = 1
+    AUGMENT = 2
+
+
+def stream_key(seed: int, stream: Stream) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), stream)
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """The state of a run between two steps.
+
+    Attributes:
+      step: int32 (), steps taken so far.
+      params: trainable parameters.
+      batch_stats: running statistics of BatchNorm; {} where the model has none.
+      opt_state: the optimizer's.
+      ema: {"params", "batch_stats"} averaged over steps, or None.
+      learning_rate_scale: float32 (), what reduce-on-plateau has made of the schedule, or None.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    ema: Any
+    learning_rate_scale: Any
+
+    def variables(self) -> dict[str, Any]:
+        """Returns what evaluation uses: the averaged variables where there are any."""
+        if self.ema is not None:
+            return self.ema
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: Sequence[int],
+    *,
+    seed: int,
+    ema: bool = False,
+    plateau: bool = False,
+    dtype: Any = jnp.float32,
+) -> TrainState:
+    """Initialises a state; to be called under `jax.jit` or `jax.eval_shape`.
+
+    Args:
+      model: called as `model.init(key, images, train=False)`.
+      optimizer: an Optax transformation.
+      image_shape: (height, width, channels).
+      seed: of the run.
+      ema: keep an average of the parameters and of the running statistics.
+      plateau: keep a scale of the learning rate that the loop lowers.
+      dtype: of the images that the model sees.
+    """
+    images = jnp.zeros((1, *image_shape), dtype)
+    variables = model.init(stream_key(seed, Stream.INIT), images, train=False)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        # A copy, since the step donates the state: one buffer cannot be given away twice.
+        ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None,
+        learning_rate_scale=jnp.ones((), jnp.float32) if plateau else None,
+    )

@@ -1,0 +1,263 @@
+"""The training step and the evaluation step: pure functions, compiled over a mesh.
+
+Everything between the bytes of a batch and the new parameters is here, on one screen.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from flaxcls import ops
+from flaxcls.augment import Augmentation, augment
+from flaxcls.batch import Batch, Preprocess, preprocess
+from flaxcls.losses import Loss, total
+from flaxcls.metrics import MetricState
+from flaxcls.state import Stream, TrainState, stream_key
+
+
+class Resident(flax.struct.PyTreeNode):
+    """A split that lives on the device, so that a step is sent indices only.
+
+    Attributes:
+      image: uint8 (N, H, W, C).
+      label: int32 (N,), or (N, 2) as (child, parent).
+    """
+
+    image: jax.Array
+    label: jax.Array
+
+
+class Totals(flax.struct.PyTreeNode):
+    """What the progress bar reads: a copy that the next step does not take over.
+
+    Attributes:
+      learning_rate: float (), of the step just taken.
+      metrics: the running metrics without their confusion matrix.
+    """
+
+    learning_rate: jax.Array
+    metrics: MetricState
+
+
+class Recipe(NamedTuple):
+    """What a training step does, all of it fixed when the step is compiled.
+
+    Attributes:
+      model: a flax module; `apply(variables, images, train=...)` gives logits (N, C).
+      loss: (logits, labels) to a `Loss`.
+      optimizer: an Optax transformation.
+      schedule: step to learning rate, for the log; the optimizer applies it.
+      preprocess: normalisation and final size of the images.
+      augmentation: what training does to images besides.
+      num_classes: C.
+      seed: of the run.
+      steps_per_epoch: so that the step knows the epoch, which augmentation is keyed by.
+      accumulate: micro-batches a step.
+      ema_decay: of the averaged parameters; only with a state that holds them.
+      sum_loss: minimise the sum over the batch, not the mean.
+      dtype: of the images that the model sees.
+    """
+
+    model: nn.Module
+    loss: Callable[[jax.Array, jax.Array], Loss]
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    preprocess: Preprocess
+    augmentation: Augmentation
+    num_classes: int
+    seed: int
+    steps_per_epoch: int
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    sum_loss: bool = False
+    dtype: Any = jnp.float32
+
+
+def train_step(
+    recipe: Recipe,
+    state: TrainState,
+    metrics: MetricState,
+    batch: Batch,
+    resident: Resident | None = None,
+) -> tuple[TrainState, MetricState, Totals]:
+    """Takes one optimizer step.
+
+    Returns:
+      The new state, the metrics with this batch added, and their scalars for the progress bar.
+    """
+    batch = gather(batch, resident)
+    images, targets = augment(
+        batch,
+        key=stream_key(recipe.seed, Stream.AUGMENT),
+        epoch=state.step // recipe.steps_per_epoch,
+        step=state.step,
+        augmentation=recipe.augmentation,
+        preprocess=recipe.preprocess,
+        num_classes=recipe.num_classes,
+        dtype=recipe.dtype,
+    )
+    dropout_key = jax.random.fold_in(stream_key(recipe.seed, Stream.DROPOUT), state.step)
+
+    def micro_step(params, batch_stats, metrics, images, targets, labels, mask, key, normalise):
+        (_, (weight, logits, loss, batch_stats)), gradients = jax.value_and_grad(
+            partial(_objective, recipe, normalise=normalise), has_aux=True
+        )(params, batch_stats, images, targets, mask, key)
+        metrics = metrics.update(logits, labels, loss, mask, state.step)
+        return gradients, weight, batch_stats, metrics
+
+    if recipe.accumulate == 1:
+        gradients, _, batch_stats, metrics = micro_step(
+            state.params,
+            state.batch_stats,
+            metrics,
+            images,
+            targets,
+            batch.label,
+            batch.mask,
+            dropout_key,
+            normalise=not recipe.sum_loss,
+        )
+    else:
+
+        def accumulate(carry, micro):
+            gradients, weight, batch_stats, metrics = carry
+            index, *arrays = micro
+            key = jax.random.fold_in(dropout_key, index)
+            more, more_weight, batch_stats, metrics = micro_step(
+                state.params, batch_stats, metrics, *arrays, key, normalise=False
+            )
+            gradients = jax.tree.map(jnp.add, gradients, more)
+            return (gradients, weight + more_weight, batch_stats, metrics), None
+
+        micro_batches = [_split(x, recipe.accumulate) for x in (images, targets, batch.label)]
+        mask = _split(batch.mask, recipe.accumulate)
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        weight = jnp.zeros((), jnp.promote_types(recipe.dtype, jnp.float32))
+        (gradients, weight, batch_stats, metrics), _ = jax.lax.scan(
+            accumulate,
+            (zeros, weight, state.batch_stats, metrics),
+            (jnp.arange(recipe.accumulate), *micro_batches, mask),
+        )
+        if not recipe.sum_loss:
+            gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
+
+    new_state = _apply_gradients(recipe, state, gradients, batch_stats)
+    learning_rate = jnp.asarray(recipe.schedule(state.step))
+    if state.learning_rate_scale is not None:
+        learning_rate = learning_rate * state.learning_rate_scale
+    return new_state, metrics, Totals(learning_rate, metrics.replace(confusion_matrix=None))
+
+
+def _objective(recipe: Recipe, params, batch_stats, images, targets, mask, key, *, normalise: bool):
+    logits, updates = recipe.model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        images,
+        train=True,
+        rngs={"dropout": key},
+        mutable=["batch_stats"],
+    )
+    loss = recipe.loss(logits, targets)
+    value, weight = total(loss, mask)
+    if normalise:
+        value = value / weight
+    return value, (weight, logits, loss, updates.get("batch_stats", {}))
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """(N, ...) to (parts, N / parts, ...), strided so that no example leaves its device."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _apply_gradients(recipe: Recipe, state: TrainState, gradients, batch_stats) -> TrainState:
+    updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
+    if state.learning_rate_scale is not None:
+        # Every optimizer here multiplies by the learning rate last, so scaling its update is exact.
+        updates = jax.tree.map(lambda u: u * state.learning_rate_scale.astype(u.dtype), updates)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        # The cap lets an average of few steps follow the parameters (TensorFlow's num_updates).
+        decay = jnp.minimum(recipe.ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(
+            lambda old, new: old + (1 - decay).astype(old.dtype) * (new - old),
+            ema,
+            {"params": params, "batch_stats": batch_stats},
+        )
+    return state.replace(
+        step=state.step + 1,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        ema=ema,
+    )
+
+
+def eval_step(
+    recipe: Recipe,
+    variables: Any,
+    metrics: MetricState,
+    batch: Batch,
+    resident: Resident | None = None,
+) -> tuple[MetricState, jax.Array]:
+    """Evaluates one batch, padding masked out.
+
+    Returns:
+      The metrics with this batch added, and the logits (N, C).
+    """
+    batch = gather(batch, resident)
+    images = preprocess(batch.image, recipe.preprocess, recipe.dtype)
+    logits = recipe.model.apply(variables, images, train=False)
+    loss = recipe.loss(logits, batch.label)
+    return metrics.update(logits, batch.label, loss, batch.mask, jnp.zeros((), jnp.int32)), logits
+
+
+def gather(batch: Batch, resident: Resident | None) -> Batch:
+    """Fills in images and labels from a split on the device; a complete batch stays as it is."""
+    if resident is None:
+        return batch
+    return batch.replace(image=resident.image[batch.index], label=resident.label[batch.index])
+
+
+def compile_train_step(recipe: Recipe, state_sharding: Any, replicated: Any, steps: int = 1):
+    """Compiles `train_step`, or a scan over `steps` of them, with state and metrics donated.
+
+    Args:
+      recipe: what the step does.
+      state_sharding: a sharding for each leaf of the state.
+      replicated: the sharding of metrics.
+      steps: with more than one, the batch's arrays are (steps, N, ...).
+
+    Returns:
+      A function of (state, metrics, batch, resident) as `train_step`'s.
+    """
+
+    def several(state, metrics, batches, resident):
+        def body(carry, batch):
+            state, metrics, totals = train_step(recipe, *carry, batch, resident)
+            return (state, metrics), totals
+
+        (state, metrics), totals = jax.lax.scan(body, (state, metrics), batches)
+        return state, metrics, jax.tree.map(lambda x: x[-1], totals)
+
+    return jax.jit(
+        partial(train_step, recipe) if steps == 1 else several,
+        donate_argnums=(0, 1),
+        out_shardings=(state_sharding, replicated, replicated),
+        compiler_options=ops.compiler_options(),
+    )
+
+
+def compile_eval_step(recipe: Recipe, replicated: Any):
+    """Compiles `eval_step` with the metrics donated; logits come back whole on every process."""
+    return jax.jit(
+        partial(eval_step, recipe),
+        donate_argnums=1,
+        out_shardings=(replicated, replicated),
+        compiler_options=ops.compiler_options(),
+    )

@@ -1,0 +1,411 @@
+"""The training loop: epochs of compiled steps, validation, checkpoints, and the end of a run."""
+
+import collections
+import dataclasses
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from flaxcls import metrics, ops
+from flaxcls.checkpoint import Checkpoints
+from flaxcls.data.dataset import class_counts
+from flaxcls.data.loader import DeviceIterator
+from flaxcls.errors import InputError
+from flaxcls.evaluate import Evaluator
+from flaxcls.experiment import Experiment, for_training
+from flaxcls.history import Record, best_record, metric_mode, should_stop
+from flaxcls.optimizers import plateau_scale
+from flaxcls.progress import Progress
+from flaxcls.results import RunFiles
+from flaxcls.sharding import fetch, put_replicated, replicated
+from flaxcls.step import Totals, compile_train_step
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved itself, and can be resumed.
+
+    Attributes:
+      signal_number: of the signal that asked.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """Remembers SIGTERM and Ctrl-C until the loop can save; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        del frame
+        if self.signal_number:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after `step`; with several processes all of them agree on the step."""
+        if jax.process_count() == 1:
+            return self.signal_number != 0
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.signal_number = self.signal_number or signal.SIGTERM
+            return True
+        return False
+
+
+def train(config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str]) -> dict[str, Any]:
+    """Trains, or goes on training, the run in `workdir` and returns its summary.
+
+    Args:
+      config: resolved.
+      workdir: the run folder; made where it is missing.
+      stop: asked after each step.
+      notes: sentences for the log that were written before the run began.
+
+    Raises:
+      InputError: the folder, the config or the data do not fit, or the loss is not finite.
+      Interrupted: `stop` was requested; the run is saved.
+    """
+    with RunFiles(workdir, config) as files:
+        if files.finished_summary is not None:
+            files.show_finished()
+            return files.finished_summary
+        experiment = for_training(config)
+        files.begin(experiment)
+        keep = config.checkpoint.keep
+        with (
+            Checkpoints(workdir / "checkpoints", keep) as checkpoints,
+            Progress(
+                epochs=config.train.epochs,
+                steps_per_epoch=experiment.order.steps_per_epoch,
+                batch_size=config.train.batch_size,
+                placement=experiment.data.placement,
+                every_seconds=config.log.every_seconds,
+                enabled=jax.process_index() == 0,
+            ) as progress,
+        ):
+            introduce(experiment, progress, notes)
+            loop = Loop(experiment, checkpoints, files, progress, stop)
+            loop.restore_or_initialise()
+            loop.run()
+            return files.finish(
+                experiment, loop.best_variables(), loop.evaluator, loop.history, progress
+            )
+
+
+def introduce(experiment: Experiment, progress: Progress, notes: list[str]) -> None:
+    """Says what is about to be trained, on what."""
+    config, dataset = experiment.config, experiment.data.dataset
+    for note in (*notes, *experiment.data.notes):
+        progress.note(note)
+    order = experiment.order
+    dropped = order.size % order.batch_size
+    if dropped:
+        progress.note(
+            f"data: the last {dropped} of {order.size} training examples of each epoch's order do "
+            "not fill a batch and wait for another epoch"
+        )
+    if dataset.skipped:
+        progress.note(
+            f"data: {len(dataset.skipped)} unreadable files skipped: {', '.join(dataset.skipped)}"
+        )
+    devices = experiment.mesh.devices.flatten()
+    progress.note(
+        f"model: {config.model.name}, {experiment.count_parameters():,} parameters, "
+        f"{config.precision}, on {len(devices)} x {devices[0].device_kind}"
+    )
+    counts = {key: value.tolist() for key, value in class_counts(dataset).items()}
+    progress.class_counts(dataset.class_names, counts)
+
+
+@dataclasses.dataclass
+class EpochClock:
+    """Times of a running epoch.
+
+    Attributes:
+      began: `time.monotonic()` at its start, compilation left out.
+      first_step: the step it began or was resumed at.
+      waited: seconds that the devices had nothing to do because no batch was ready.
+    """
+
+    began: float
+    first_step: int
+    waited: float = 0.0
+
+
+class Loop:
+    """A run between its first and its last step; everything that a checkpoint holds is here."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        checkpoints: Checkpoints,
+        files: RunFiles,
+        progress: Progress,
+        stop: StopRequest,
+    ):
+        self.experiment = experiment
+        self.config = experiment.config
+        self.checkpoints = checkpoints
+        self.files = files
+        self.progress = progress
+        self.stop = stop
+        self.evaluator = Evaluator(experiment)
+        self.history: list[Record] = []
+        self.step = 0
+        self._sharding = experiment.state_sharding()
+        self._empty_metrics = jax.jit(
+            experiment.empty_metrics, out_shardings=replicated(experiment.mesh)
+        )
+        self._all_finite = jax.jit(_all_finite)
+        self._steps: dict[int, Any] = {}
+        self._in_flight: collections.deque[jax.Array] = collections.deque()
+        self._reported: Totals | None = None
+        self._report_due = 0.0
+
+    def restore_or_initialise(self) -> None:
+        restored = self.checkpoints.restore_latest(
+            self.experiment.abstract_state(), self.experiment.abstract_metrics()
+        )
+        if restored is None:
+            self.state = jax.jit(
+                self.experiment.create_state,
+                out_shardings=self._sharding,
+                compiler_options=ops.compiler_options(),
+            )()
+            self.metrics = self._empty_metrics()
+        else:
+            if restored.log["data"] != self.experiment.data.fingerprint:
+                raise InputError(
+                    f"data.path: the data differ from those that {self.files.folder} was trained "
+                    "on; restore them, or train into another --workdir"
+                )
+            self.state, self.metrics = restored.state, restored.metrics
+            self.step, self.history = restored.step, restored.log["history"]
+            self.progress.note(f"resumed: step {self.step}, from {self.files.folder}")
+        self.files.rewrite_history(self.history)
+
+    def run(self) -> None:
+        """Trains until the last epoch or until early stopping."""
+        order, config = self.experiment.order, self.config
+        if self.step >= len(order) or self._stopped_early():
+            return
+        feed = self.experiment.data.feeds["train"]
+        with feed.train(
+            order,
+            self.experiment.recipe.augmentation,
+            start=self.step,
+            chunk=config.train.steps_per_call,
+        ) as batches:
+            while self.step < len(order) and not self._stopped_early():
+                epoch = self.step // order.steps_per_epoch + 1
+                records = [self._train_epoch(epoch, batches)]
+                if "val" in self.experiment.data.feeds:
+                    records.append(self._validate(epoch))
+                self._end_epoch(records)
+        self.checkpoints.wait()
+
+    def _train_epoch(self, epoch: int, batches: DeviceIterator) -> Record:
+        steps_per_epoch = self.experiment.order.steps_per_epoch
+        resident = self.experiment.data.feeds["train"].resident
+        clock = EpochClock(time.monotonic(), self.step)
+        self._report_due = clock.began + self.config.log.every_seconds
+        self.progress.start(epoch, "train", step=self.step % steps_per_epoch)
+        while self.step < epoch * steps_per_epoch:
+            count, batch = self._next(batches, clock)
+            first_call = count not in self._steps
+            called = time.monotonic()
+            self.state, self.metrics, totals = self._step_function(count)(
+                self.state, self.metrics, batch, resident
+            )
+            if first_call:
+                seconds = time.monotonic() - called
+                clock.began += seconds
+                self.progress.note(f"compiled the training step in {seconds:.1f} s")
+            self.step += count
+            self._keep_pace(totals)
+            self._report(totals, self.step - (epoch - 1) * steps_per_epoch)
+            self._save_within_epoch(epoch, totals)
+        return self._close_epoch(epoch, totals, clock)
+
+    def _step_function(self, count: int) -> Any:
+        """Returns the step, or the scan over `count` steps, which its first call compiles."""
+        if count not in self._steps:
+            self._steps[count] = compile_train_step(
+                self.experiment.recipe, self._sharding, replicated(self.experiment.mesh), count
+            )
+        return self._steps[count]
+
+    def _next(self, batches: DeviceIterator, clock: EpochClock) -> tuple[int, Any]:
+        """Takes a batch; time counts as waiting only once the devices have nothing left to do."""
+        if batches.ready:
+            return next(batches)
+        while self._in_flight:
+            self._in_flight.popleft().block_until_ready()
+        began = time.monotonic()
+        item = next(batches)
+        clock.waited += time.monotonic() - began
+        return item
+
+    def _keep_pace(self, totals: Totals) -> None:
+        """Stays two steps ahead of the devices: enough to keep them busy, and no more memory."""
+        self._in_flight.append(totals.learning_rate)
+        if len(self._in_flight) > 2:
+            self._in_flight.popleft().block_until_ready()
+
+    def _report(self, totals: Totals, step: int) -> None:
+        """Shows the running loss every few seconds, from copies that nothing waits for."""
+        now = time.monotonic()
+        if self._reported is not None and self._reported.learning_rate.is_ready():
+            host = fetch(self._reported)
+            self._reported = None
+            self._check_finite(int(host.metrics.first_bad_step))
+            loss, accuracy = metrics.running(host.metrics)
+            self.progress.update(step, loss=loss, accuracy=accuracy)
+        elif now >= self._report_due:
+            self._report_due = now + self.config.log.every_seconds
+            for leaf in jax.tree.leaves(totals):
+                leaf.copy_to_host_async()
+            self._reported = totals
+        else:
+            self.progress.update(step)
+
+    def _save_within_epoch(self, epoch: int, totals: Totals) -> None:
+        order, every = self.experiment.order, self.config.checkpoint.every_steps
+        stopping = self.stop.agreed(self.step)
+        if self.step == epoch * order.steps_per_epoch:
+            return  # the epoch's end saves after validation
+        if stopping or (every and self.step % every == 0):
+            self._check_finite(int(fetch(totals.metrics.first_bad_step)))
+            self._save()
+        if stopping:
+            self._leave()
+
+    def _close_epoch(self, epoch: int, totals: Totals, clock: EpochClock) -> Record:
+        finite = self._all_finite(self.state)
+        host, learning_rate, finite = fetch((self.metrics, totals.learning_rate, finite))
+        seconds = time.monotonic() - clock.began
+        self._in_flight.clear()
+        self._reported = None
+        self._check_finite(int(host.first_bad_step))
+        if not finite:
+            raise self._diverged(f"the parameters are not finite after step {self.step}")
+        self.metrics = self._empty_metrics()
+        images = (self.step - clock.first_step) * self.experiment.order.batch_size
+        return {
+            "epoch": epoch,
+            "split": "train",
+            "step": self.step,
+            **metrics.compute(host),
+            "learning_rate": float(learning_rate),
+            "seconds": seconds,
+            "images_per_second": images / seconds,
+            "wait_share": clock.waited / seconds,
+        }
+
+    def _validate(self, epoch: int) -> Record:
+        feed, began = self.experiment.data.feeds["val"], time.monotonic()
+        batch_size = self.config.eval.batch_size or self.config.train.batch_size
+        self.progress.start(epoch, "val", steps=-(-len(feed.split) // batch_size))
+        result = self.evaluator(self.state.variables(), "val", on_step=self.progress.update)
+        seconds = time.monotonic() - began
+        if result.first_bad_step >= 0:
+            raise self._diverged(f"the validation loss is not finite after step {self.step}")
+        return {
+            "epoch": epoch,
+            "split": "val",
+            "step": self.step,
+            **result.record,
+            "seconds": seconds,
+            "images_per_second": len(feed.split) / seconds,
+        }
+
+    def _end_epoch(self, records: list[Record]) -> None:
+        self.history += records
+        self._lower_learning_rate()
+        best = best_record(self.history, self.experiment.best_by)
+        is_best = best is not None and best["step"] == self.step
+        self._save()
+        self.files.add_records(records)
+        self.progress.end_epoch(records, best=is_best)
+        if self.stop.signal_number and self.stop.agreed(self.step):
+            self._leave()
+
+    def _lower_learning_rate(self) -> None:
+        schedule = self.config.schedule
+        if schedule.name != "plateau":
+            return
+        split, metric = schedule.monitor.split("/")
+        scale = plateau_scale(
+            [record[metric] for record in self.history if record["split"] == split],
+            mode=metric_mode(schedule.monitor),
+            factor=schedule.factor,
+            patience=schedule.patience,
+            min_delta=schedule.min_delta,
+            cooldown=schedule.cooldown,
+            min_scale=schedule.min_scale,
+        )
+        scale_array = put_replicated(np.float32(scale), self.experiment.mesh)
+        self.state = self.state.replace(learning_rate_scale=scale_array)
+
+    def _stopped_early(self) -> bool:
+        t = self.config.train
+        if not t.patience or self.step % self.experiment.order.steps_per_epoch:
+            return False
+        return should_stop(self.history, t.stop_by, t.patience, t.min_delta)
+
+    def _save(self) -> None:
+        best = best_record(self.history, self.experiment.best_by)
+        log = {"history": self.history, "data": self.experiment.data.fingerprint}
+        best_step = best["step"] if best is not None else None
+        self.checkpoints.save(self.step, self.state, self.metrics, log, best_step)
+
+    def _leave(self) -> None:
+        self.checkpoints.wait()
+        raise Interrupted(
+            f"stopped by {signal.Signals(self.stop.signal_number).name} and saved at step "
+            f"{self.step}; to resume: {self.files.resume_command()}",
+            self.stop.signal_number,
+        )
+
+    def _check_finite(self, first_bad_step: int) -> None:
+        if first_bad_step >= 0:
+            raise self._diverged(f"the loss is not finite at step {first_bad_step + 1}")
+
+    def _diverged(self, what: str) -> InputError:
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        kept = f"the last good checkpoint is step {steps[-1]}" if steps else "nothing was saved yet"
+        return InputError(
+            f"{what} (epoch {self.step // self.experiment.order.steps_per_epoch + 1}); {kept}; "
+            "train into another --workdir with a lower optimizer.learning_rate, or clip the "
+            "gradients with optimizer.clip_norm"
+        )
+
+    def best_variables(self) -> Any:
+        """Returns the variables of the best checkpoint, on the devices."""
+        best = best_record(self.history, self.experiment.best_by)
+        if best is None or best["step"] == self.step:
+            return self.state.variables()
+        del self.state  # two states may not fit
+        return self.checkpoints.restore(
+            best["step"], self.experiment.abstract_state(), self.experiment.abstract_metrics()
+        ).state.variables()
+
+
+def _all_finite(state: Any) -> jax.Array:
+    leaves = jax.tree.leaves(state.variables())
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
