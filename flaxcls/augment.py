@@ -312,13 +312,14 @@ def _erase(image: jax.Array, uniform: jax.Array, augmentation: Augmentation) -> 
     height = jnp.round(jnp.sqrt(area * ratio)).astype(jnp.int32)
     width = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
     fits = (height < h) & (width < w)
-    first = jnp.argmax(fits, axis=1)[:, None]
-    height = jnp.take_along_axis(height, first, axis=1)
-    width = jnp.take_along_axis(width, first, axis=1)
+    tries = jnp.arange(_ATTEMPTS)
+    first = tries == jnp.where(fits, tries, _ATTEMPTS).min(axis=1, keepdims=True)
+    height = jnp.where(first, height, 0).sum(axis=1, keepdims=True)
+    width = jnp.where(first, width, 0).sum(axis=1, keepdims=True)
     top = jnp.floor(uniform[:, 1:2] * (h - height + 1))
     left = jnp.floor(uniform[:, 2:3] * (w - width + 1))
-    erased = fits.any(axis=1, keepdims=True) & (uniform[:, :1] < augmentation.erasing)
-    rows = (jnp.arange(h) >= top) & (jnp.arange(h) < top + height) & erased
+    height = jnp.where(uniform[:, :1] < augmentation.erasing, height, 0)
+    rows = (jnp.arange(h) >= top) & (jnp.arange(h) < top + height)
     columns = (jnp.arange(w) >= left) & (jnp.arange(w) < left + width)
     inside = rows[:, :, None, None] & columns[:, None, :, None]
     return jnp.where(inside, augmentation.erasing_value, image)

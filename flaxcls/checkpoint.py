@@ -41,18 +41,25 @@ class Checkpoints:
     Args:
       directory: of the run's checkpoints; made where it is missing.
       keep: how many of the latest are kept, besides the best.
+      read_only: nothing will be saved; the directory may be one that cannot be written.
     """
 
-    def __init__(self, directory: Path, keep: int = 2):
+    def __init__(self, directory: Path, keep: int = 2, *, read_only: bool = False):
         # Orbax logs each file it touches.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._best_step: int | None = None
         self.directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "epoch": ocp.StandardCheckpointHandler(),
+                "log": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_LatestAndBest(self, keep),
-                cleanup_tmp_directories=True,
+                preservation_policy=None if read_only else _LatestAndBest(self, keep),
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
                 enable_async_checkpointing=True,
             ),
         )

@@ -64,6 +64,7 @@ class Experiment:
       mesh: the devices.
       recipe: what a step does.
       order: the examples of each training step.
+      own_data: whether the data are those that the run was trained on.
     """
 
     config: ConfigDict
@@ -71,6 +72,7 @@ class Experiment:
     mesh: Mesh
     recipe: Recipe
     order: loader.TrainOrder
+    own_data: bool = True
 
     @property
     def num_classes(self) -> int:
@@ -155,7 +157,7 @@ def for_evaluation(config: ConfigDict, trained: dict[str, Any]) -> Experiment:
     """
     mesh = create_mesh(config.mesh.devices)
     _check_batch(config, mesh)
-    dataset = _read_for_evaluation(config, trained)
+    dataset, own_data = _read_for_evaluation(config, trained)
     data = place(config, dataset, mesh, Augmentation())
     counts = np.array(trained["class_counts"])
     order = loader.train_order(
@@ -165,7 +167,19 @@ def for_evaluation(config: ConfigDict, trained: dict[str, Any]) -> Experiment:
     preprocess = dataclasses.replace(
         recipe.preprocess, mean=tuple(trained["mean"]), std=tuple(trained["std"])
     )
-    return _checked(Experiment(config, data, mesh, recipe._replace(preprocess=preprocess), order))
+    recipe = recipe._replace(preprocess=preprocess)
+    return _checked(Experiment(config, data, mesh, recipe, order, own_data))
+
+
+def untrained_model(config: ConfigDict) -> tuple[nn.Module, tuple[int, int, int, int]]:
+    """Returns the model of a config and the shape of one image as it sees it, (1, H, W, C).
+
+    Raises:
+      InputError: the data, which say how many classes there are, cannot be read.
+    """
+    dataset = read_dataset(config)
+    model = create_model(config.model.name, len(dataset.class_names), **model_options(config))
+    return model, (1, config.data.image_size, config.data.image_size, config.data.channels)
 
 
 def _checked(experiment: Experiment) -> Experiment:
@@ -190,7 +204,7 @@ def _create_recipe(
         steps_per_epoch=order.steps_per_epoch,
         epochs=config.train.epochs,
         warmup_epochs=config.schedule.warmup_epochs,
-        **_options(config.schedule, "name", "warmup_epochs", *_PLATEAU),
+        **_options(config.schedule, "name", "warmup_epochs", "monitor"),
     )
     optimizer = create_optimizer(
         config.optimizer.name,
@@ -220,10 +234,6 @@ def _create_recipe(
         sum_loss=config.loss.reduction == "sum",
         dtype=jnp.dtype(config.precision),
     )
-
-
-# The loop applies these between epochs (`train.py`); the compiled schedule knows nothing of them.
-_PLATEAU = ("monitor", "factor", "patience", "min_delta", "cooldown", "min_scale")
 
 
 def model_options(config: ConfigDict) -> dict[str, Any]:
@@ -264,24 +274,26 @@ def read_dataset(config: ConfigDict, known_classes: tuple[str, ...] = ()) -> Dat
     )
 
 
-def _read_for_evaluation(config: ConfigDict, trained: dict[str, Any]) -> Dataset:
+def _read_for_evaluation(config: ConfigDict, trained: dict[str, Any]) -> tuple[Dataset, bool]:
+    """Returns a data set of one split, and whether it is the data of the run."""
     split = config.eval.split
     try:
         dataset = read_dataset(config)
+        own = fingerprint(dataset) == trained["fingerprint"]
     except InputError:  # not fit to train on; whether it can be evaluated is found out below
-        dataset = None
-    if dataset is None or fingerprint(dataset) != trained["fingerprint"]:
+        own = False
+    if not own:
         dataset = read_dataset(config, tuple(trained["class_names"]))
         if split not in dataset.splits and set(dataset.splits) == {"train"}:
             split = "all"
     if split == "all":
-        return dataclasses.replace(dataset, splits={"test": merged(dataset)})
+        return dataclasses.replace(dataset, splits={"test": merged(dataset)}), own
     if split not in dataset.splits:
         raise InputError(
             f"eval.split: {split!r} is not a split of {dataset.name}, which has "
             f"{', '.join(dataset.splits)}; choose one of them, or 'all'"
         )
-    return dataclasses.replace(dataset, splits={split: dataset.splits[split]})
+    return dataclasses.replace(dataset, splits={split: dataset.splits[split]}), own
 
 
 def place(config: ConfigDict, dataset: Dataset, mesh: Mesh, augmentation: Augmentation) -> Data:

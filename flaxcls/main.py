@@ -79,12 +79,11 @@ def _dispatch(argv: Sequence[str]) -> int:
             return 128 + interrupted.signal_number
     elif FLAGS.mode == "evaluate":
         report = importlib.import_module("flaxcls.analysis.report")
-        report.evaluate_run(config, workdir)
+        report.evaluate_run(config, workdir, notes)
     elif FLAGS.mode == "summary":
         summary = importlib.import_module("flaxcls.analysis.summary")
         experiment = importlib.import_module("flaxcls.experiment")
-        model, image_shape = experiment.untrained_model(config)
-        print(summary.model_summary(model, (1, *image_shape)))
+        print(summary.model_summary(*experiment.untrained_model(config)))
     return 0
 
 

@@ -50,7 +50,7 @@ class Progress:
         epochs: int,
         steps_per_epoch: int,
         batch_size: int,
-        placement: str,
+        placement: str = "device",
         every_seconds: float = 10.0,
         enabled: bool = True,
     ):
@@ -153,14 +153,11 @@ class Progress:
         """Shows how many images each class has in each split: {"train": (C,) counts, ...}."""
         self._print(class_count_table(class_names, counts))
 
-    def finish(
-        self, summary: Mapping[str, Any], history: Sequence[Record], folder: str | os.PathLike[str]
-    ) -> None:
+    def finish(self, summary: Mapping[str, Any], history: Sequence[Record], folder: str) -> None:
         """Shows the summary table, the verdict and where the files are."""
         self.close()
-        self._print(summary_table(summary, history))
-        self._print(verdict(history))
-        self._print(closing_line(summary, folder))
+        for content in closing(summary, history, folder):
+            self._print(content)
 
     def close(self) -> None:
         """Takes the bar off the screen."""
@@ -220,16 +217,22 @@ def _new_bar(console: Console) -> Bar:
     return bar
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves a closed pipe to the caller, where rich would end the process."""
+        raise
+
+
 def make_console() -> Console:
     """A console on standard output that no class name and no narrow window can break."""
     # A name that the output's encoding lacks is shown with ?, and is no exception.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-    console = Console(**plain, force_jupyter=False)
+    console = _Console(**plain, force_jupyter=False)
     if _can_draw(console):
         return console
-    return Console(**plain, force_jupyter=False, force_terminal=False, width=100)
+    return _Console(**plain, force_jupyter=False, force_terminal=False, width=100)
 
 
 def _can_draw(console: Console) -> bool:
@@ -314,14 +317,25 @@ def summary_table(summary: Mapping[str, Any], history: Sequence[Record]) -> Tabl
         "val": summary["val"],
         "test": summary["test"],
     }
-    measured = {split: metrics for split, metrics in rows.items() if metrics}
+    return metrics_table({SPLIT_TITLES[split]: m for split, m in rows.items() if m})
+
+
+def metrics_table(measured: Mapping[str, Mapping[str, float]]) -> Table:
+    """One row of metrics for each title."""
     names = [name for metrics in measured.values() for name in metrics]
     shown = [name for name in dict.fromkeys(names) if name in _TITLES or name.startswith("top_")]
     table = _table("split", *(_TITLES.get(name, name.replace("_", "-")) for name in shown))
-    for split, metrics in measured.items():
+    for title, metrics in measured.items():
         table.add_row(
-            SPLIT_TITLES[split],
-            *(_cell(name, metrics.get(name)) for name in shown),
+            title,
+            *(
+                ""
+                if (value := metrics.get(name)) is None
+                else f"{value:.4f}"
+                if name == "loss"
+                else percent(value)
+                for name in shown
+            ),
         )
     return table
 
@@ -340,6 +354,17 @@ def _cell(name: str, value: float | None) -> str:
     if value is None:
         return ""
     return decimal(value) if name == "loss" else percent(value)
+
+
+def closing(
+    summary: Mapping[str, Any], history: Sequence[Record], folder: str
+) -> tuple[RenderableType, ...]:
+    """The summary table, the verdict and where the files are."""
+    return (
+        summary_table(summary, history),
+        verdict(history),
+        closing_line(summary, folder),
+    )
 
 
 def closing_line(summary: Mapping[str, Any], folder: str | os.PathLike[str]) -> str:

@@ -19,7 +19,7 @@ from flaxcls.errors import InputError
 from flaxcls.evaluate import Evaluator, write_predictions
 from flaxcls.experiment import Experiment, image_spec, stored_images
 from flaxcls.history import Record, summary
-from flaxcls.progress import Progress
+from flaxcls.progress import Progress, closing, make_console, show
 from flaxcls.sharding import fetch, replicated
 
 FORMAT_VERSION = 1
@@ -77,10 +77,13 @@ class RunFiles:
 
     def show_finished(self) -> None:
         """Prints the summary of a run that has nothing left to do."""
+        if not self.writes:
+            return
         history = runlog.read_metrics(self.folder / "metrics.jsonl")
-        with Progress(epochs=1, steps_per_epoch=1, batch_size=1, enabled=self.writes) as progress:
-            progress.note(f"{self.folder} is finished; nothing to do")
-            progress.finish(self.finished_summary or {}, history, str(self.folder))
+        console = make_console()
+        show(console, f"{self.folder} is finished; nothing to do")
+        for content in closing(self.finished_summary or {}, history, str(self.folder)):
+            show(console, content)
 
     def begin(self, experiment: Experiment) -> None:
         """Writes what is known before the first step."""

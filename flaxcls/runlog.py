@@ -84,7 +84,8 @@ class RunFolder:
                 stacklevel=2,
             )
         _held.add(self._lock)
-        with writing(self.path):
+        # What another process is told; the lock holds without it, on a full disk too.
+        with contextlib.suppress(OSError):
             os.ftruncate(self._lock, 0)
             holder = f"process {os.getpid()} on {socket.gethostname()} since {_now()}"
             os.pwrite(self._lock, holder.encode(), 0)
@@ -156,9 +157,9 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays of numbers or strings as one uncompressed .npz, atomically."""
+    """Writes arrays of numbers or strings as one compressed .npz, atomically."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_bytes(path, buffer.getvalue())
 
 
@@ -327,7 +328,9 @@ def pixel_statistics(images: np.ndarray | Iterable[np.ndarray]) -> dict[str, Any
     most values lie at the dark end (white strokes on black), False where most lie at the light end,
     and None in between, as for photographs.
     """
-    blocks = np.array_split(images, len(images) // 256 + 1) if isinstance(images, np.ndarray) else images
+    blocks = (
+        np.array_split(images, len(images) // 256 + 1) if isinstance(images, np.ndarray) else images
+    )
     histogram = np.zeros(256, np.int64)
     for block in blocks:
         histogram += np.bincount(np.asarray(block, np.uint8).ravel(), minlength=256)

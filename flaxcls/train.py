@@ -369,7 +369,11 @@ class Loop:
 
     def _save(self) -> None:
         best = best_record(self.history, self.experiment.best_by)
-        log = {"history": self.history, "data": self.experiment.data.fingerprint}
+        log = {
+            "history": self.history,
+            "best_by": self.experiment.best_by,
+            "data": self.experiment.data.fingerprint,
+        }
         best_step = best["step"] if best is not None else None
         self.checkpoints.save(self.step, self.state, self.metrics, log, best_step)
 

@@ -350,7 +350,7 @@ def test_grey_of_arrays_is_pillows():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"size": 0}, "data.size"),
+        ({"size": 0}, "data.image_size"),
         ({"channels": 4}, "data.channels"),
         ({"resize": "stretch"}, "'squash', 'crop' or 'pad', not 'stretch'"),
         ({"crop_fraction": 0.0}, "crop_fraction"),

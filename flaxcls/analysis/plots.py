@@ -308,6 +308,7 @@ def _finish(
     elif low > 0 and high > 20 * low:
         # On a linear axis the last epochs of a loss that falls so far are one flat line.
         axes.set_yscale("log")
+        axes.set_title("logarithmic", loc="right", fontsize=9, color="#555555")
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())

@@ -11,8 +11,8 @@ from flaxcls.checkpoint import Checkpoints
 from flaxcls.errors import InputError
 from flaxcls.evaluate import Evaluator, write_predictions
 from flaxcls.experiment import Experiment, for_evaluation
-from flaxcls.history import best_record
-from flaxcls.progress import Progress, evaluation_table
+from flaxcls.history import best_record, scalars
+from flaxcls.progress import make_console, metrics_table, show
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[str, Any]:
@@ -38,20 +38,43 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         step, variables = restore_variables(experiment, checkpoints)
     (key, feed), *_ = experiment.data.feeds.items()
-    evaluator = Evaluator(experiment)
-    result = evaluator(variables, key, keep_logits=True)
-    split = config.eval.split if config.eval.split == "all" else key
-    own = experiment.data.fingerprint == trained["fingerprint"] or split in trained["splits"]
-    del own
-    name = output_name(experiment, trained)
+    result = Evaluator(experiment)(variables, key, keep_logits=True)
+    name = predictions_name(experiment)
     if jax.process_index() == 0:
-        dataset = experiment.data.dataset
-        folder = workdir / "predictions"
-        write_predictions(folder, name, feed.split, result.logits, dataset.class_names)
-        runlog.write_json(folder / f"{name}.json", {"step": step, "split": split, **result.record})
-    with Progress(
-        epochs=1, steps_per_epoch=1, batch_size=1, enabled=jax.process_index() == 0
-    ) as progress:
-        for note in (*notes, *experiment.data.notes):
-            progress.note(note)
+        folder, classes = workdir / "predictions", experiment.data.dataset.class_names
+        write_predictions(folder, name, feed.split, result.logits, classes)
+        runlog.write_json(folder / f"{name}.json", {"step": step, **result.record})
+        console = make_console()
+        for content in (
+            *notes,
+            *experiment.data.notes,
+            metrics_table({name: scalars(result.record)}),
+            f"{len(feed.split)} examples, checkpoint of step {step}; every example's prediction is "
+            f"in {folder / name}.csv",
+        ):
+            show(console, content)
     return result.record
+
+
+def restore_variables(experiment: Experiment, checkpoints: Checkpoints) -> tuple[int, Any]:
+    """Returns the step and the variables of the checkpoint of `eval.step`, or of the best."""
+    state, epoch = experiment.abstract_state(), experiment.abstract_metrics()
+    step = experiment.config.eval.step
+    if not step:
+        latest = checkpoints.restore_latest(state, epoch)
+        if latest is None:
+            raise InputError(
+                f"{checkpoints.directory}: no complete checkpoint; train the run first"
+            )
+        best = best_record(latest.log["history"], latest.log["best_by"])
+        if best is None or best["step"] == latest.step:
+            return latest.step, latest.state.variables()
+        step = best["step"]
+        del latest  # two states may not fit
+    return step, checkpoints.restore(step, state, epoch).state.variables()
+
+
+def predictions_name(experiment: Experiment) -> str:
+    """Returns SPLIT for the run's own data and DATASET-SPLIT for others."""
+    split = experiment.config.eval.split
+    return split if experiment.own_data else f"{experiment.data.dataset.name}-{split}"

@@ -23,7 +23,5 @@ def existing_folder(path: str | Path, holds: str) -> Path:
         if not any(folder.iterdir()):
             raise InputError(f"data.path: '{path}' is empty; it should hold {holds}")
     except PermissionError as error:
-        raise InputError(
-            f"data.path: '{path}' may not be listed; ask for permission to read it"
-        ) from error
+        raise InputError(f"data.path: '{path}' may not be listed; get leave to read it") from error
     return folder

@@ -19,7 +19,7 @@ MODES = ("auto", "own", "drawn")
 
 def draw_order(n: int, seed: int, *purpose: str) -> np.ndarray:
     """Return a permutation of n, int64 (n,), that depends on nothing but the arguments."""
-    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=16).digest()
+    digest = hashlib.blake2b(repr((int(seed), *purpose)).encode(), digest_size=16).digest()
     bits = np.random.PCG64(int.from_bytes(digest, "little")).random_raw(n)
     return np.argsort(bits, kind="stable")
 

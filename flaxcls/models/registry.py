@@ -42,8 +42,8 @@ def model_options(name: str) -> dict[str, Any]:
     if name not in registry:
         nearest = difflib.get_close_matches(name, registry, n=1, cutoff=0.0)[0]
         raise InputError(
-            f"model.name: no model {name!r}, did you mean {nearest!r}? "
-            f"Choose one of {', '.join(list_models())}"
+            f"model.name: no model {name!r}; did you mean {nearest!r}? "
+            f"(models: {', '.join(list_models())})"
         )
     signature = inspect.signature(registry[name])
     return {

@@ -13,9 +13,10 @@ from flaxcls.ops.backend import (
     set_backend,
     use_backend,
 )
-from flaxcls.ops.conv import Conv, Padding, convolve
+from flaxcls.ops.conv import Conv, convolve
 from flaxcls.ops.norm import BatchNorm
 from flaxcls.ops.pool import adaptive_avg_pool, avg_pool, max_pool
+from flaxcls.ops.windows import Padding
 
 __all__ = [
     "BACKENDS",

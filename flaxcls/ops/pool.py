@@ -1,7 +1,6 @@
 """Pooling over height and width of (N, H, W, C)."""
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,7 @@ from flax import linen as nn
 from jax import lax
 
 from flaxcls.ops.backend import implementation
-
-Padding = str | Sequence[tuple[int, int]]
+from flaxcls.ops.windows import Padding, strided_slices
 
 
 def max_pool(
@@ -45,17 +43,7 @@ def _max_of_slices(
     With its gradient it takes 1/20 of `nn.max_pool` for 2x2/2 windows and 1/4 for 3x3/2; nothing
     is gained at stride 1. The gradient of `nn.max_pool` is a select-and-scatter, slow on CPU.
     """
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
-    if any(side for pair in padding for side in pair):
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-jnp.inf)
-    # One past the last row and column at which a window may start.
-    bottom, right = (n - k + 1 for n, k in zip(x.shape[1:3], window, strict=True))
-    slices = [
-        x[:, i : i + bottom : strides[0], j : j + right : strides[1]]
-        for i in range(window[0])
-        for j in range(window[1])
-    ]
+    slices = strided_slices(x, window, strides, padding, fill=-jnp.inf)
     best = slices[0]
     for other in slices[1:]:
         # Not jnp.maximum, which halves the gradient where both are equal, as zeros after a ReLU

@@ -31,17 +31,21 @@ _HOLDS = "IDX files such as 'train-images-idx3-ubyte.gz' and 'train-labels-idx1-
 def read(path: str | Path, name: str = "") -> Dataset:
     """Return splits `train` and, where its files are there, `test`, as uint8 (N, H, W, 1).
 
-    name: `mnist` or `fashion_mnist` give their class names; with any other the labels' numbers are
-        the names.
-    Raises InputError for missing, damaged or mismatched files.
+    name: `mnist` or `fashion_mnist` give their class names; without one the numbers are the names.
+    Raises InputError for another name and for missing, damaged or mismatched files.
     """
+    if name and name not in CLASS_NAMES:
+        raise InputError(
+            f"data.name: no class names are known for '{name}'; write {' or '.join(CLASS_NAMES)}, "
+            "or leave it empty to name classes by their numbers"
+        )
     folder = existing_folder(path, _HOLDS)
     splits = {"train": _split(folder, "train")}
     if _find(folder, "t10k", "images", 3) or _find(folder, "t10k", "labels", 1):
         splits["test"] = _split(folder, "t10k")
     highest = max(int(split.labels.max()) for split in splits.values())
     class_names = CLASS_NAMES.get(name, tuple(str(i) for i in range(highest + 1)))
-    return Dataset(name or folder.name, class_names, splits)
+    return Dataset(name or folder.resolve().name, class_names, splits)
 
 
 def _split(folder: Path, prefix: str) -> Split:

@@ -50,45 +50,36 @@ def read(
     notes = _unused(root, layout)
     present = {key: _class_folders(folder) for key, folder in layout.items()}
     class_names = known_classes or _class_names(root, present, classes)
-    chosen = set(classes or class_names)
-    found: dict[str, list[tuple[Path, int]]] = {}
-    strangers: list[Path] = []
-    for key, folders in present.items():
-        found[key] = []
-        for label, name in enumerate(class_names):
-            if name not in folders or name not in chosen:
-                continue
-            images, others = _files(folders[name])
-            if not images and key == "train" and not known_classes:
-                raise InputError(_empty_class(folders[name], others))
-            found[key] += [(file, label) for file in images]
-            strangers += others
     for key, folders in present.items():
         for name in folders:
             if name not in class_names and not classes:
                 raise InputError(_stray_class(layout[key], name, known_classes))
-        if not found[key]:
-            raise InputError(
-                f"data.path: no images in '{layout[key]}'; add some or remove the folder"
-            )
-    dataset, bad = _splits(root, found, on_bad, threads)
-    faults = {str(f.relative_to(root)): "is not an image file" for f in strangers} | bad
+    found, others = _find(layout, present, class_names, classes, training=not known_classes)
+    splits, faults = _splits(root, found, on_bad, threads)
+    faults |= {file.relative_to(root).as_posix(): "is not an image file" for file in others}
     if faults and on_bad == "error":
-        total = sum(len(files) for files in found.values()) + len(strangers)
+        total = sum(len(files) for files in found.values()) + len(others)
         raise InputError(_listing(root, faults, total))
     for label, name in enumerate(class_names):
-        if not known_classes and not (dataset["train"].labels == label).any():
+        if not known_classes and not (splits["train"].labels == label).any():
             raise InputError(
                 f"data.path: no file of class '{name}' in '{layout['train']}' can be read as an "
                 "image; replace them or remove the folder"
             )
-    return Dataset(root.name, class_names, dataset, skipped=tuple(sorted(faults)), notes=notes)
+    return Dataset(
+        root.resolve().name, class_names, splits, skipped=tuple(sorted(faults)), notes=notes
+    )
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        kept = (e for e in entries if not e.name.startswith("."))
-        return sorted((e for e in kept if e.name.lower() not in _NOT_DATA), key=lambda e: e.name)
+    try:
+        with os.scandir(folder) as entries:
+            kept = [e for e in entries if not e.name.startswith(".")]
+    except PermissionError as error:
+        raise InputError(
+            f"data.path: '{folder}' may not be listed; get leave to read it"
+        ) from error
+    return sorted((e for e in kept if e.name.lower() not in _NOT_DATA), key=lambda e: e.name)
 
 
 def _is_image(name: str) -> bool:
@@ -151,6 +142,34 @@ def _class_names(
         if name not in folders:
             raise InputError(unknown_class(name, tuple(folders), f"'{root}'"))
     return classes or tuple(folders)
+
+
+def _find(
+    layout: dict[str, Path],
+    present: dict[str, dict[str, Path]],
+    class_names: tuple[str, ...],
+    classes: tuple[str, ...],
+    *,
+    training: bool,
+) -> tuple[dict[str, list[tuple[Path, int]]], list[Path]]:
+    """Return the (file, label) pairs of each split, and the files that are no images."""
+    found: dict[str, list[tuple[Path, int]]] = {}
+    strangers: list[Path] = []
+    for key, folders in present.items():
+        found[key] = []
+        for label, name in enumerate(class_names):
+            if name not in folders or (classes and name not in classes):
+                continue
+            images, others = _files(folders[name])
+            if not images and key == "train" and training:
+                raise InputError(_empty_class(folders[name], others))
+            found[key] += [(file, label) for file in images]
+            strangers += others
+        if not found[key]:
+            raise InputError(
+                f"data.path: no images in '{layout[key]}'; add some or remove the folder"
+            )
+    return found, strangers
 
 
 def _files(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -61,7 +61,7 @@ def read(
         labels.append(np.full(count, label, np.int32))
         names += [f"{files[name].name}/{row}" for row in rows]
     split = Split(np.concatenate(images), np.concatenate(labels), names=tuple(names))
-    return Dataset(folder.name, class_names, {"train": split}, notes=notes)
+    return Dataset(folder.resolve().name, class_names, {"train": split}, notes=notes)
 
 
 def _mapped(file: Path) -> np.ndarray:

@@ -145,7 +145,9 @@ def _stored(feature: Any, spec: ImageSpec | None, name: str) -> ImageSpec:
     if height and height == width and not cropped and (spec is None or height <= spec.size):
         return ImageSpec(height, channels)
     if spec is None:
-        raise InputError(f"data.size is not set but the images of '{name}' are not of one size")
+        raise InputError(
+            f"data.image_size is not set but the images of '{name}' are not of one size"
+        )
     return ImageSpec(spec.size, channels, spec.resize, spec.crop_fraction, spec.crop_order)
 
 
@@ -155,8 +157,8 @@ def _check_memory(n: int, spec: ImageSpec, name: str) -> None:
     if needed > available:
         raise InputError(
             f"data.name: '{name}' needs {needed / 1e9:.0f} GB at {spec.size} px, more than the "
-            f"{available / 1e9:.0f} GB of this machine; lower data.size, or write its images to "
-            "class folders and use the source image_folder"
+            f"{available / 1e9:.0f} GB of this machine; lower data.image_size, or write its "
+            "images to class folders and use the source image_folder"
         )
 
 

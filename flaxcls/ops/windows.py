@@ -1,0 +1,41 @@
+"""The pixels that a sliding window meets, place by place."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Padding = str | Sequence[tuple[int, int]]
+
+
+def strided_slices(
+    x: jax.Array,
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding,
+    fill: float,
+) -> list[jax.Array]:
+    """What each place in the window sees as it slides over x, row by row of the window.
+
+    Args:
+      x: (N, H, W, C).
+      window: height and width of the window.
+      strides: its step in height and width.
+      padding: `SAME`, `VALID`, or ((top, bottom), (left, right)).
+      fill: value of the padding.
+
+    Returns:
+      One array (N, H', W', C) for each place in the window, where H' and W' count its positions.
+    """
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+    if any(side for pair in padding for side in pair):
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=fill)
+    # One past the last row and column at which a window may start.
+    bottom, right = (n - k + 1 for n, k in zip(x.shape[1:3], window, strict=True))
+    return [
+        x[:, i : i + bottom : strides[0], j : j + right : strides[1]]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
