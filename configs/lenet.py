@@ -1,7 +1,7 @@
 """LeNet of the QuickDraw experiments, on the digits that need no download.
 
-    python -m flaxcls.main --config=configs/lenet.py
-    python -m flaxcls.main --config=configs/lenet.py:quickdraw --config.data.path=DIR
+python -m flaxcls.main --config=configs/lenet.py
+python -m flaxcls.main --config=configs/lenet.py:quickdraw --config.data.path=DIR
 """
 
 from ml_collections import ConfigDict

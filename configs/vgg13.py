@@ -1,7 +1,7 @@
 """VGG-13 with batch normalisation, as published (4096-wide head).
 
-    python -m flaxcls.main --config=configs/vgg13.py
-    python -m flaxcls.main --config=configs/vgg13.py:caltech101_3 --config.data.path=DIR
+python -m flaxcls.main --config=configs/vgg13.py
+python -m flaxcls.main --config=configs/vgg13.py:caltech101_3 --config.data.path=DIR
 """
 
 from ml_collections import ConfigDict

@@ -180,7 +180,7 @@ def _geometry(
     if augmentation.rotation:
         image = _crop(batch, size, dtype)
         turn = 2 * draw(_ROTATION, 1)[:, 0].astype(dtype) - 1
-        return _rotate(image.astype(dtype), radians(augmentation.rotation) * turn, shift, flips)
+        return _rotate(image, radians(augmentation.rotation) * turn, shift, flips)
     if shift is None and flips is None:
         return _crop(batch, size, dtype)
     position = jnp.broadcast_to(jnp.arange(size)[:, None], (len(batch.image), size, 2))
@@ -268,12 +268,12 @@ def _rotate(
 ) -> jax.Array:
     """Rotation about the centre, shift and flips in one bilinear sampling, 0 outside.
 
-    image: float (N, S, S, C). angle: its dtype (N,), radians. shift: `_shift`'s, in the rotated
-    frame.
+    image: (N, S, S, C) of any dtype. angle: float (N,), radians. shift: int32 (N, 2), as `_shift`
+    gives it, along the axes of the result. Returns angle's dtype (N, S, S, C).
     """
     n, size, _, c = image.shape
     centre = (size - 1) / 2
-    axis = jnp.arange(size, dtype=image.dtype) - centre
+    axis = jnp.arange(size, dtype=angle.dtype) - centre
     y, x = axis[None, :, None], axis[None, None, :]
     if shift is not None:
         y, x = y + shift[:, 0, None, None], x + shift[:, 1, None, None]
@@ -292,7 +292,8 @@ def _rotate(
 
     def tap(below: int, beside: int) -> jax.Array:
         at = corner + (below * width + beside)
-        return jnp.take_along_axis(pixels, at, axis=1, mode="clip").reshape(n, size, size, c)
+        taken = jnp.take_along_axis(pixels, at, axis=1, mode="clip")
+        return taken.reshape(n, size, size, c).astype(angle.dtype)
 
     upper = tap(0, 0) * (1 - right) + tap(0, 1) * right
     lower = tap(1, 0) * (1 - right) + tap(1, 1) * right

@@ -128,9 +128,7 @@ class Checkpoints:
         """
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
-            raise InputError(
-                f"{self.directory}: no checkpoint of step {step}; there are {known}"
-            )
+            raise InputError(f"{self.directory}: no checkpoint of step {step}; there are {known}")
         self._check_shapes(step, state)
         try:
             read = self._manager.restore(

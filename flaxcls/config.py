@@ -45,13 +45,13 @@ def default() -> ConfigDict:
     c.data.test_fraction = 0.2
     c.data.stratify = True  # drawn splits keep the shares of the classes
     c.data.max_per_class = 0  # training examples of a class at most; 0: all
+    c.data.classes = ()  # names of the classes to use, in this order; (): all
+    c.data.num_classes_drawn = 0  # use so many classes, drawn with the seed and recorded; 0: all
+    c.data.per_class = 0.0  # use of each class: below 1 a share, else a number; 0: all
     c.data.placement = "auto"  # device, host, files; auto chooses by size
     c.data.workers = 0  # processes that decode files; 0: threads of this process
     c.data.prefetch = 2  # batches ready on the device before they are needed
     c.data.on_bad = placeholder(str)  # image_folder: error, or skip (counted and listed)
-    c.data.classes = placeholder(tuple)  # npy: names of the classes to use
-    c.data.num_classes_drawn = placeholder(int)  # npy: this many, drawn with the seed (0: all)
-    c.data.per_class = placeholder(float)  # npy: of each class: below 1 a share, else a number (0: all)
     c.data.name = placeholder(str)  # tfds: data set name; idx: fashion_mnist or mnist
 
     c.augment = ConfigDict()  # training only
@@ -72,7 +72,7 @@ def default() -> ConfigDict:
 
     c.normalize = ConfigDict()
     c.normalize.name = "auto"  # auto, dataset (its training split), imagenet, none, values
-    c.normalize.mean = placeholder(tuple)  # values: of pixels in [0, 1], one number or one a channel
+    c.normalize.mean = placeholder(tuple)  # of pixels in [0, 1], one number or one a channel
     c.normalize.std = placeholder(tuple)
 
     c.loss = ConfigDict()
@@ -157,7 +157,7 @@ BRANCHES: dict[str, dict[str, dict[str, Any]]] = {
         "digits": {"channels": 1},
         "idx": {"channels": 1, "name": "fashion_mnist"},
         "image_folder": {"channels": 3, "on_bad": "error"},
-        "npy": {"channels": 1, "classes": (), "num_classes_drawn": 0, "per_class": 0.0},
+        "npy": {"channels": 1},
         "npz": {"channels": 3},
         "tfds": {"channels": 3, "name": None},
     },
@@ -219,6 +219,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "data.crop_fraction": (0, 1, False),
     "data.val_fraction": (0, 0.99, True),
     "data.test_fraction": (0, 0.99, True),
+    "data.num_classes_drawn": (0, math.inf, True),
+    "data.per_class": (0, math.inf, True),
     "data.max_per_class": (0, math.inf, True),
     "data.workers": (0, 256, True),
     "data.prefetch": (1, 64, True),

@@ -29,11 +29,11 @@ class Evaluation(NamedTuple):
     record: dict[str, Any]
     confusion: np.ndarray
     first_bad_step: int
-    logits: np.ndarray | None
+    logits: Any
 
 
 class Evaluator:
-    """Evaluates variables of one experiment; the step is compiled once for all splits and epochs."""
+    """Evaluates an experiment's variables; the step is compiled once for all splits and epochs."""
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
@@ -96,16 +96,14 @@ def write_predictions(
     probabilities = softmax(logits)
     predictions = logits.argmax(axis=1)
     index = np.arange(len(logits), dtype=np.int32)
-    arrays = io.BytesIO()
-    np.savez_compressed(
-        arrays,
-        index=index,
-        label=split.labels,
-        logits=logits,
-        probabilities=probabilities.astype(np.float32),
-        class_names=np.array(class_names),
-    )
-    runlog.write_bytes(folder / f"{name}.npz", arrays.getvalue())
+    arrays = {
+        "index": index,
+        "label": split.labels,
+        "logits": logits,
+        "probabilities": probabilities.astype(np.float32),
+        "class_names": np.array(class_names),
+    }
+    runlog.write_arrays(folder / f"{name}.npz", arrays)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["index", "file", "truth", "prediction", "probability"])

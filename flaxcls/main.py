@@ -1,7 +1,7 @@
 """The command line: flags to one function of one room.
 
-    python -m flaxcls.main --config=configs/vgg13.py
-    python -m flaxcls.main --mode=evaluate --workdir=runs/vgg13-digits
+python -m flaxcls.main --config=configs/vgg13.py
+python -m flaxcls.main --mode=evaluate --workdir=runs/vgg13-digits
 """
 
 import importlib
@@ -58,8 +58,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"flaxcls: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("flaxcls: stopped; the same command resumes from the last checkpoint",
-              file=sys.stderr)
+        print(
+            "flaxcls: stopped; the same command resumes from the last checkpoint", file=sys.stderr
+        )
         return 130
 
 
@@ -110,9 +111,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, list[str]]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"--config: {_sentence(error)}") from error
     if len(positional) > 1:
-        raise InputError(
-            f"unexpected argument {positional[1]!r}; flags are written --name=value"
-        )
+        raise InputError(f"unexpected argument {positional[1]!r}; flags are written --name=value")
     resolved, notes = config_module.resolve(config)
     return resolved, run_name(chosen, resolved), notes
 

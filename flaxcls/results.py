@@ -1,7 +1,6 @@
-"""What a run leaves in its folder, from the first line of its log to the predictions of its best."""
+"""What a run leaves in its folder, from its config to the predictions of its best checkpoint."""
 
 import contextlib
-import io
 import shlex
 import sys
 from pathlib import Path
@@ -94,10 +93,9 @@ class RunFiles:
         runlog.record_session(self.folder / "environment.json")
         images, labels, index = exemplars(experiment)
         runlog.write_json(self.folder / "preprocess.json", describe(experiment, images))
-        arrays = io.BytesIO()
         names = np.array(experiment.data.dataset.class_names)
-        np.savez_compressed(arrays, image=images, label=labels, index=index, class_names=names)
-        runlog.write_bytes(self.folder / "exemplars.npz", arrays.getvalue())
+        arrays = {"image": images, "label": labels, "index": index, "class_names": names}
+        runlog.write_arrays(self.folder / "exemplars.npz", arrays)
 
     def rewrite_history(self, history: list[Record]) -> None:
         """Makes `metrics.jsonl` and the events those of `history`: what follows is done anew."""
@@ -170,10 +168,15 @@ class RunFiles:
         return summarised
 
 
-def describe(experiment: Experiment, images: np.ndarray) -> dict[str, Any]:
-    """Returns `preprocess.json`: how an image becomes the model's input, and what classes mean."""
+def describe(experiment: Experiment, exemplars: np.ndarray) -> dict[str, Any]:
+    """Returns `preprocess.json`: how an image becomes the model's input, and what classes mean.
+
+    The pixels' statistics are those of all training images, or of the exemplars where the others
+    stay in their files.
+    """
     spec, p = image_spec(experiment.config), experiment.recipe.preprocess
-    dataset = experiment.data.dataset
+    dataset, stored = experiment.data.dataset, experiment.data.feeds["train"].split.images
+    images = stored if isinstance(stored, np.ndarray) else exemplars
     return {
         "format_version": FORMAT_VERSION,
         "size": p.size,

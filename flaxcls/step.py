@@ -41,7 +41,7 @@ class Totals(flax.struct.PyTreeNode):
       metrics: the running metrics without their confusion matrix.
     """
 
-    learning_rate: jax.Array
+    learning_rate: Any
     metrics: MetricState
 
 
@@ -102,51 +102,10 @@ def train_step(
         num_classes=recipe.num_classes,
         dtype=recipe.dtype,
     )
-    dropout_key = jax.random.fold_in(stream_key(recipe.seed, Stream.DROPOUT), state.step)
-
-    def micro_step(params, batch_stats, metrics, images, targets, labels, mask, key, normalise):
-        (_, (weight, logits, loss, batch_stats)), gradients = jax.value_and_grad(
-            partial(_objective, recipe, normalise=normalise), has_aux=True
-        )(params, batch_stats, images, targets, mask, key)
-        metrics = metrics.update(logits, labels, loss, mask, state.step)
-        return gradients, weight, batch_stats, metrics
-
-    if recipe.accumulate == 1:
-        gradients, _, batch_stats, metrics = micro_step(
-            state.params,
-            state.batch_stats,
-            metrics,
-            images,
-            targets,
-            batch.label,
-            batch.mask,
-            dropout_key,
-            normalise=not recipe.sum_loss,
-        )
-    else:
-
-        def accumulate(carry, micro):
-            gradients, weight, batch_stats, metrics = carry
-            index, *arrays = micro
-            key = jax.random.fold_in(dropout_key, index)
-            more, more_weight, batch_stats, metrics = micro_step(
-                state.params, batch_stats, metrics, *arrays, key, normalise=False
-            )
-            gradients = jax.tree.map(jnp.add, gradients, more)
-            return (gradients, weight + more_weight, batch_stats, metrics), None
-
-        micro_batches = [_split(x, recipe.accumulate) for x in (images, targets, batch.label)]
-        mask = _split(batch.mask, recipe.accumulate)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        weight = jnp.zeros((), jnp.promote_types(recipe.dtype, jnp.float32))
-        (gradients, weight, batch_stats, metrics), _ = jax.lax.scan(
-            accumulate,
-            (zeros, weight, state.batch_stats, metrics),
-            (jnp.arange(recipe.accumulate), *micro_batches, mask),
-        )
-        if not recipe.sum_loss:
-            gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
-
+    examples = Examples(images, targets, batch.label, batch.mask)
+    key = jax.random.fold_in(stream_key(recipe.seed, Stream.DROPOUT), state.step)
+    backward = _backward if recipe.accumulate == 1 else _backward_in_parts
+    gradients, batch_stats, metrics = backward(recipe, state, metrics, examples, key)
     new_state = _apply_gradients(recipe, state, gradients, batch_stats)
     learning_rate = jnp.asarray(recipe.schedule(state.step))
     if state.learning_rate_scale is not None:
@@ -154,19 +113,74 @@ def train_step(
     return new_state, metrics, Totals(learning_rate, metrics.replace(confusion_matrix=None))
 
 
-def _objective(recipe: Recipe, params, batch_stats, images, targets, mask, key, *, normalise: bool):
+class Examples(NamedTuple):
+    """Augmented examples: images (N, H, W, C), targets, integer labels (N,) and mask (N,)."""
+
+    images: jax.Array
+    targets: jax.Array
+    labels: jax.Array
+    mask: jax.Array
+
+
+def _backward(
+    recipe: Recipe, state: TrainState, metrics: MetricState, examples: Examples, key: jax.Array
+) -> tuple[Any, Any, MetricState]:
+    """Returns gradients, running statistics and metrics of one forward and backward pass."""
+
+    def objective(params):
+        value, weight, outputs = _forward(recipe, params, state.batch_stats, examples, key)
+        return value if recipe.sum_loss else value / weight, outputs
+
+    gradients, (logits, loss, batch_stats) = jax.grad(objective, has_aux=True)(state.params)
+    metrics = metrics.update(logits, examples.labels, loss, examples.mask, state.step)
+    return gradients, batch_stats, metrics
+
+
+def _backward_in_parts(
+    recipe: Recipe, state: TrainState, metrics: MetricState, examples: Examples, key: jax.Array
+) -> tuple[Any, Any, MetricState]:
+    """As `_backward`, micro-batch after micro-batch; sums are divided once, at the end."""
+
+    def accumulate(carry, micro):
+        gradients, weight, batch_stats, metrics = carry
+        index, examples = micro
+
+        def objective(params):
+            micro_key = jax.random.fold_in(key, index)
+            value, weight, outputs = _forward(recipe, params, batch_stats, examples, micro_key)
+            return value, (weight, *outputs)
+
+        more, outputs = jax.grad(objective, has_aux=True)(state.params)
+        more_weight, logits, loss, batch_stats = outputs
+        metrics = metrics.update(logits, examples.labels, loss, examples.mask, state.step)
+        gradients = jax.tree.map(jnp.add, gradients, more)
+        return (gradients, weight + more_weight, batch_stats, metrics), None
+
+    parts = recipe.accumulate
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    weight = jnp.zeros((), jnp.promote_types(recipe.dtype, jnp.float32))
+    (gradients, weight, batch_stats, metrics), _ = jax.lax.scan(
+        accumulate,
+        (zeros, weight, state.batch_stats, metrics),
+        (jnp.arange(parts), jax.tree.map(lambda x: _split(x, parts), examples)),
+    )
+    if not recipe.sum_loss:
+        gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
+    return gradients, batch_stats, metrics
+
+
+def _forward(recipe: Recipe, params: Any, batch_stats: Any, examples: Examples, key: jax.Array):
+    """Returns the sum of the losses, that of their weights, and (logits, loss, batch_stats)."""
     logits, updates = recipe.model.apply(
         {"params": params, "batch_stats": batch_stats},
-        images,
+        examples.images,
         train=True,
         rngs={"dropout": key},
         mutable=["batch_stats"],
     )
-    loss = recipe.loss(logits, targets)
-    value, weight = total(loss, mask)
-    if normalise:
-        value = value / weight
-    return value, (weight, logits, loss, updates.get("batch_stats", {}))
+    loss = recipe.loss(logits, examples.targets)
+    value, weight = total(loss, examples.mask)
+    return value, weight, (logits, loss, updates.get("batch_stats", {}))
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
@@ -212,7 +226,7 @@ def eval_step(
     """
     batch = gather(batch, resident)
     images = preprocess(batch.image, recipe.preprocess, recipe.dtype)
-    logits = recipe.model.apply(variables, images, train=False)
+    logits: Any = recipe.model.apply(variables, images, train=False)
     loss = recipe.loss(logits, batch.label)
     return metrics.update(logits, batch.label, loss, batch.mask, jnp.zeros((), jnp.int32)), logits
 
@@ -239,7 +253,8 @@ def compile_train_step(recipe: Recipe, state_sharding: Any, replicated: Any, ste
 
     def several(state, metrics, batches, resident):
         def body(carry, batch):
-            state, metrics, totals = train_step(recipe, *carry, batch, resident)
+            state, metrics = carry
+            state, metrics, totals = train_step(recipe, state, metrics, batch, resident)
             return (state, metrics), totals
 
         (state, metrics), totals = jax.lax.scan(body, (state, metrics), batches)

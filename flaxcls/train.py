@@ -172,7 +172,7 @@ class Loop:
         )
         self._all_finite = jax.jit(_all_finite)
         self._steps: dict[int, Any] = {}
-        self._in_flight: collections.deque[jax.Array] = collections.deque()
+        self._in_flight: collections.deque[Any] = collections.deque()
         self._reported: Totals | None = None
         self._report_due = 0.0
 

@@ -1,5 +1,6 @@
 """Evaluation of a finished run: restores a checkpoint, measures it exactly, saves predictions."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
         write_predictions(folder, name, feed.split, result.logits, classes)
         runlog.write_json(folder / f"{name}.json", {"step": step, **result.record})
         console = make_console()
-        for content in (
-            *notes,
-            *experiment.data.notes,
-            metrics_table({name: scalars(result.record)}),
+        for note in (*notes, *experiment.data.notes):
+            show(console, note)
+        show(console, metrics_table({name: scalars(result.record)}))
+        show(
+            console,
             f"{len(feed.split)} examples, checkpoint of step {step}; every example's prediction is "
             f"in {folder / name}.csv",
-        ):
-            show(console, content)
+        )
     return result.record
 
 
@@ -77,4 +78,6 @@ def restore_variables(experiment: Experiment, checkpoints: Checkpoints) -> tuple
 def predictions_name(experiment: Experiment) -> str:
     """Returns SPLIT for the run's own data and DATASET-SPLIT for others."""
     split = experiment.config.eval.split
-    return split if experiment.own_data else f"{experiment.data.dataset.name}-{split}"
+    if experiment.own_data:
+        return split
+    return re.sub(r"[^\w.-]+", "-", f"{Path(experiment.data.dataset.name).name}-{split}")

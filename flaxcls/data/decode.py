@@ -36,7 +36,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class UnreadableImage(InputError):  # noqa: N818, the message is for people
+class UnreadableImage(InputError):
     """An image file that cannot be decoded; the message names the file and what is wrong."""
 
 

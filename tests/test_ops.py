@@ -1,0 +1,294 @@
+"""Operators agree with flax.linen's under every backend: trees, values, gradients, dtypes."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from flaxcls import ops
+from flaxcls.errors import InputError
+
+BACKENDS = ("xla", "flax")
+# Largest error, relative to the largest value, that rounding explains.
+TOLERANCE = {"float32": 5e-6, "float64": 1e-13, "bfloat16": 2e-2}
+
+
+@pytest.fixture(params=["float32", "float64", "bfloat16"])
+def dtype(request):
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", request.param == "float64")
+    yield request.param
+    jax.config.update("jax_enable_x64", before)
+
+
+def draw(*shape, dtype="float32", seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def assert_close(ours, theirs, dtype):
+    """Trees of equal structure, dtypes and shapes, and of equal values up to rounding."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.abs(a - b).max() <= TOLERANCE[dtype] * max(np.abs(b).max(), 1e-3)
+
+
+def value_and_gradients(layer, variables, x, **call):
+    """The layer's result, its new statistics, and gradients of params and x for a fixed cotangent."""
+
+    def run(params, x):
+        y, moved = layer.apply(variables | {"params": params}, x, mutable=["batch_stats"], **call)
+        return y, moved
+
+    y, vjp, moved = jax.vjp(run, variables["params"], x, has_aux=True)
+    return y, moved, vjp(draw(*y.shape, dtype=y.dtype, seed=9))
+
+
+def random_variables(layer, x, **call):
+    """Variables of the layer, scales and variances in [0.5, 1.5], the rest normal."""
+    variables = layer.init(jax.random.key(0), x, **call)
+    rng = np.random.default_rng(1)
+
+    def one(path, leaf):
+        positive = path[-1].key in ("scale", "var")
+        values = rng.uniform(0.5, 1.5, leaf.shape) if positive else rng.normal(size=leaf.shape)
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, variables)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("h", "w", "kernel", "stride", "padding"),
+    [
+        (1, 1, 3, 1, "SAME"),
+        (1, 2, 3, 1, "SAME"),
+        (2, 1, 3, 1, "SAME"),
+        (2, 2, 3, 1, "SAME"),
+        (2, 3, 3, 1, "SAME"),
+        (3, 3, 5, 1, "SAME"),
+        (2, 2, 2, 1, "SAME"),
+        (2, 2, 3, 2, "SAME"),
+        (2, 2, 1, 1, "SAME"),
+        (1, 1, 1, 1, "SAME"),
+        (6, 5, 3, 1, "SAME"),
+        (7, 6, 5, 1, "VALID"),
+        (7, 7, 3, 2, ((1, 1), (1, 1))),
+    ],
+)
+def test_conv_is_flax_conv(backend, dtype, h, w, kernel, stride, padding):
+    arguments = dict(
+        features=6,
+        kernel_size=(kernel, kernel),
+        strides=(stride, stride),
+        padding=padding,
+        dtype=dtype,
+        param_dtype="float64" if dtype == "float64" else "float32",
+    )
+    x = draw(4, h, w, 3, dtype=dtype)
+    theirs = nn.Conv(**arguments)
+    variables = random_variables(theirs, x)
+    with ops.use_backend(backend):
+        ours = ops.Conv(**arguments)
+        assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), x)) == jax.tree.map(
+            jnp.shape, variables
+        )
+        result = value_and_gradients(ours, variables, x)
+    assert_close(result, value_and_gradients(theirs, variables, x), dtype)
+
+
+def test_conv_starts_as_flax_conv_does():
+    x = draw(1, 4, 4, 3)
+    ours = ops.Conv(6, (3, 3)).init(jax.random.key(3), x)
+    theirs = nn.Conv(6, (3, 3)).init(jax.random.key(3), x)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_conv_without_bias_has_a_kernel_only():
+    variables = ops.Conv(6, (3, 3), use_bias=False).init(jax.random.key(0), draw(1, 4, 4, 3))
+    assert list(variables["params"]) == ["kernel"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("shape", [(5, 4, 3, 6), (16, 6)])
+def test_batch_norm_is_flax_batch_norm(backend, dtype, train, shape):
+    arguments = dict(dtype=dtype, param_dtype="float64" if dtype == "float64" else "float32")
+    x = 3 * draw(*shape, dtype=dtype) + 1
+    theirs = nn.BatchNorm(momentum=0.9, epsilon=1e-5, **arguments)
+    call = {"use_running_average": not train}
+    variables = random_variables(theirs, x, **call)
+    if dtype == "float64":
+        # flax.linen starts with float32 statistics and turns to float64 at the first step.
+        variables["batch_stats"] = jax.tree.map(
+            lambda leaf: leaf.astype("float64"), variables["batch_stats"]
+        )
+    with ops.use_backend(backend):
+        ours = ops.BatchNorm(**arguments)
+        start = ours.init(jax.random.key(0), x, **call)
+        result = value_and_gradients(ours, variables, x, **call)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), start) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), variables
+    )
+    assert_close(result, value_and_gradients(theirs, variables, x, **call), dtype)
+
+
+def test_batch_norm_statistics_of_bfloat16_are_float32():
+    """1,000 values around 256, where bfloat16 resolves no better than 1."""
+    x = (256 + draw(1000, 4)).astype(jnp.bfloat16)
+    layer = ops.BatchNorm(momentum=0.0, dtype=jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    _, moved = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    exact = np.asarray(x, np.float64)
+    assert moved["batch_stats"]["mean"].dtype == jnp.float32
+    np.testing.assert_allclose(moved["batch_stats"]["mean"], exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(moved["batch_stats"]["var"], exact.var(0), rtol=2e-2)
+
+
+def test_batch_norm_gradient_reaches_the_statistics():
+    """The constant that the CPU form subtracts must not hide a derivative, of any order."""
+    x = draw(8, 2, 2, 3)
+
+    def plain(x):
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        y = (x - mean) / jnp.sqrt(var + 1e-5)
+        return (y**3).sum() + (0.1 * mean).sum() + (0.1 * var).sum()
+
+    def layer(x):
+        stats = {"mean": jnp.zeros(3), "var": jnp.zeros(3)}
+        variables = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}, "batch_stats": stats}
+        y, moved = ops.BatchNorm().apply(
+            variables, x, use_running_average=False, mutable=["batch_stats"]
+        )
+        return (y**3).sum() + sum(jax.tree.map(jnp.sum, jax.tree.leaves(moved)))
+
+    np.testing.assert_allclose(jax.grad(layer)(x), jax.grad(plain)(x), atol=1e-4)
+    direction = draw(*x.shape, seed=5)
+    curvature = [jax.jvp(jax.grad(f), (x,), (direction,))[1] for f in (layer, plain)]
+    np.testing.assert_allclose(*curvature, atol=2e-3)
+
+
+POOLS = [((2, 2), None, "VALID"), ((3, 3), (2, 2), ((1, 1), (1, 1))), ((3, 3), (2, 2), "SAME")]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("window", "strides", "padding"), POOLS)
+def test_pools_are_flax_pools(backend, dtype, window, strides, padding):
+    """Maps with every value several times: at ties the first maximum takes the gradient."""
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, size=(2, 7, 9, 4)), dtype)
+    pairs = ((ops.max_pool, nn.max_pool), (ops.avg_pool, nn.avg_pool))
+    for ours, theirs in pairs:
+        with ops.use_backend(backend):
+            y, vjp = jax.vjp(lambda x: ours(x, window, strides, padding), x)
+            result = (y, vjp(draw(*y.shape, dtype=dtype)))
+        y, vjp = jax.vjp(lambda x: theirs(x, window, strides or window, padding), x)
+        assert_close(result, (y, vjp(draw(*y.shape, dtype=dtype))), dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_max_pool_keeps_a_nan(backend, place):
+    x = jnp.ones((1, 2, 2, 1)).at[0, place[0], place[1], 0].set(jnp.nan)
+    with ops.use_backend(backend):
+        assert jnp.isnan(ops.max_pool(x, (2, 2))).all()
+
+
+def test_adaptive_avg_pool_keeps_the_dtype_and_the_mean(dtype):
+    x = draw(2, 14, 14, 3, dtype=dtype)
+    y = ops.adaptive_avg_pool(x, 7)
+    assert y.dtype == dtype
+    assert_close(y, ops.avg_pool(x, (2, 2)), dtype)
+    assert ops.adaptive_avg_pool(x, 14) is x
+
+
+@pytest.mark.parametrize("name", ["native", "torch", "", None])
+def test_an_unknown_backend_is_refused_with_the_list(name):
+    with pytest.raises(InputError, match=r"ops\.backend.*auto, xla, flax"):
+        ops.set_backend(name)
+    assert ops.backend() == "auto"
+
+
+def test_use_backend_restores_the_one_before():
+    with pytest.raises(ZeroDivisionError), ops.use_backend("flax"):
+        assert ops.backend() == "flax"
+        assert ops.compiler_options() == {}
+        _ = 1 / 0
+    assert ops.backend() == "auto"
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the fixes are for the CPU")
+def test_the_cpu_forms_are_taken_on_cpu_and_only_there(monkeypatch):
+    x, kernel = draw(1, 2, 2, 3), draw(3, 3, 3, 4)
+
+    def operators():
+        def run(x, kernel):
+            return ops.max_pool(ops.convolve(x, kernel), (2, 2))
+
+        return str(jax.make_jaxpr(run)(x, kernel))
+
+    assert "conv_general_dilated" not in operators()
+    assert "reduce_window" not in operators()
+    with ops.use_backend("flax"):
+        assert "conv_general_dilated" in operators()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "conv_general_dilated" in operators()
+    assert "reduce_window" in operators()
+    assert ops.compiler_options() == {}
+
+
+def test_compiler_options_compile_here():
+    options = ops.compiler_options()
+    double = jax.jit(partial(jnp.multiply, 2), compiler_options=options)
+    assert double(3) == 6
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_prepare_process_says_what_it_did_before_and_after_jax_starts():
+    lines = run_python(
+        """
+        from flaxcls import ops
+        print(ops.prepare_process())
+        import jax.numpy as jnp
+        print(float(jnp.ones((1000, 1000)).sum()))
+        print(ops.prepare_process())
+        """
+    ).splitlines()
+    assert lines[0].startswith("memory: ")
+    assert lines[1] == "1000000.0"
+    assert lines[2].startswith("memory: allocator left as it is")
+
+
+def test_prepare_process_leaves_another_c_library_alone(monkeypatch):
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    assert "only glibc's" in ops.prepare_process()
+
+
+def test_an_option_that_xla_does_not_know_is_left_out():
+    printed = run_python(
+        """
+        from flaxcls import ops
+        from flaxcls.ops import backend
+        backend._CPU_COMPILER_OPTIONS = {"xla_cpu_no_such_option": "1"}
+        print(ops.compiler_options())
+        """
+    )
+    assert printed.strip() == "{}"
