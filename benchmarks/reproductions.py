@@ -1,0 +1,183 @@
+"""Trains published recipes over several seeds and tabulates what they reach.
+
+    python benchmarks/reproductions.py fashion_net0 --path=DIR --seeds=3
+    python benchmarks/reproductions.py vgg13_caltech --path=DIR --seeds=1
+    python benchmarks/reproductions.py vgg13_digits --seeds=1
+
+Each run is the main job in a process of its own, as a user would start it. The epoch that counts
+is picked by a fixed rule that never looks at the test split. Writes NAME.json, NAME.md and the
+curves of the first seed to benchmarks/results/.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One published recipe.
+
+    Attributes:
+      config: as `--config` takes it.
+      split: whose accuracy counts.
+      rule: how the epoch is picked, in words.
+      last_epoch: whether that is the last epoch, else the run's best checkpoint.
+      target: mean accuracy that it should reach.
+      published: accuracy that the authors report, or None.
+    """
+
+    config: str
+    split: str
+    rule: str
+    last_epoch: bool
+    target: float
+    published: float | None
+
+
+EXPERIMENTS = {
+    "fashion_net0": Experiment(
+        "fashion_net0:fashion_mnist",
+        "test",
+        "best support-weighted F1 on validation",
+        last_epoch=False,
+        target=0.91,
+        published=0.9137,
+    ),
+    "vgg13_caltech": Experiment(
+        "vgg13:caltech101_3", "val", "last epoch", last_epoch=True, target=0.98, published=None
+    ),
+    "vgg13_digits": Experiment(
+        "vgg13:digits",
+        "test",
+        "best accuracy on validation",
+        last_epoch=False,
+        target=0.98,
+        published=None,
+    ),
+}
+
+
+def run(experiment: Experiment, path: str | None, seed: int, workdir: Path) -> dict[str, Any]:
+    """Runs the main job once; returns accuracy, epochs and times in seconds."""
+    command = [
+        *(sys.executable, "-m", "flaxcls.main", f"--config={experiment.config}"),
+        *(f"--workdir={workdir}", f"--config.seed={seed}"),
+        *([f"--config.data.path={path}"] if path else []),
+    ]
+    began = time.monotonic()
+    subprocess.run(command, check=True)
+    wall = time.monotonic() - began
+    summary = json.loads((workdir / "summary.json").read_text())
+    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    if experiment.last_epoch:
+        records = [record for record in history if record["split"] == experiment.split]
+        epoch, accuracy = records[-1]["epoch"], records[-1]["accuracy"]
+    else:
+        epoch, accuracy = summary["best_epoch"], summary[experiment.split]["accuracy"]
+    return {
+        "seed": seed,
+        "accuracy": accuracy,
+        "epoch": epoch,
+        "epochs": summary["epochs"],
+        "images_per_second": summary["images_per_second"],
+        "train_seconds": summary["seconds"],
+        "wall_seconds": wall,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Returns processor, cores and versions."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    packages = ("flaxcls", "jax", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def table(name: str, result: dict[str, Any]) -> str:
+    """Returns the result as a page of Markdown."""
+    experiment, runs = result["experiment"], result["runs"]
+    published = experiment["published"]
+    lines = [
+        f"# {name}",
+        "",
+        f"`{result['command']}`",
+        "",
+        f"{result['machine']['cpu']}, {result['machine']['cores']} cores, "
+        f"Python {result['machine']['python']}, JAX {result['machine']['jax']}. Epoch picked by: "
+        f"{experiment['rule']}. Accuracy on: {experiment['split']}.",
+        "",
+        "| seed | accuracy | epoch | images/s | training | whole command |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {r['seed']} | {100 * r['accuracy']:.2f} % | {r['epoch']} of {r['epochs']} "
+            f"| {r['images_per_second']:.0f} | {r['train_seconds']:.0f} s | "
+            f"{r['wall_seconds']:.0f} s |"
+            for r in runs
+        ),
+        "",
+        f"Mean {100 * result['mean']:.2f} %, standard deviation {100 * result['std']:.2f} points"
+        + (f" (published: {100 * published:.2f} %)." if published else "."),
+        "",
+        f"![curves]({name}.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("--path", help="folder of the data set")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs/reproductions"))
+    arguments = parser.parse_args()
+    experiment = EXPERIMENTS[arguments.name]
+    folders = [arguments.runs / f"{arguments.name}-{seed}" for seed in range(arguments.seeds)]
+    runs = [run(experiment, arguments.path, seed, f) for seed, f in enumerate(folders)]
+    accuracies = [r["accuracy"] for r in runs]
+    shown_path = " --path=DIR" if arguments.path else ""
+    result = {
+        "command": f"python benchmarks/reproductions.py {arguments.name}{shown_path} "
+        f"--seeds={arguments.seeds}",
+        "machine": machine(),
+        "experiment": dataclasses.asdict(experiment),
+        "runs": runs,
+        "mean": statistics.mean(accuracies),
+        "std": statistics.stdev(accuracies) if len(runs) > 1 else 0.0,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / f"{arguments.name}.md").write_text(table(arguments.name, result))
+    shutil.copy(folders[0] / "plots" / "curves.png", RESULTS / f"{arguments.name}.png")
+    print(table(arguments.name, result))
+    reached = result["mean"] >= experiment.target
+    print(f"target {100 * experiment.target:.1f} %: {'reached' if reached else 'MISSED'}")
+    sys.exit(0 if reached else 1)
+
+
+if __name__ == "__main__":
+    main()
