@@ -71,10 +71,8 @@ def _dispatch(argv: Sequence[str]) -> int:
     workdir = Path(FLAGS.workdir or Path("runs") / name)
     if FLAGS.mode == "train":
         train = importlib.import_module("flaxcls.train")
-        stop = train.StopRequest()
-        stop.listen()
         try:
-            train.train(config, workdir, stop, notes)
+            train.train(config, workdir, train.StopRequest(), notes)
         except train.Interrupted as interrupted:
             print(f"flaxcls: {interrupted}", file=sys.stderr)
             return 128 + interrupted.signal_number

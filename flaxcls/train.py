@@ -1,9 +1,12 @@
 """The training loop: epochs of compiled steps, validation, checkpoints, and the end of a run."""
 
 import collections
+import contextlib
 import dataclasses
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +44,28 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Remembers SIGTERM and Ctrl-C until the loop can save; a second one stops at once."""
+    """Remembers SIGTERM and Ctrl-C while the loop runs; a second one stops at once.
+
+    Before and after the loop there is nothing to save, and signals act as they always do.
+
+    Attributes:
+      signal_number: of the signal that came, 0 for none.
+    """
 
     def __init__(self) -> None:
         self.signal_number = 0
 
-    def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may handle signals
+            return
+        before = {n: signal.signal(n, self._remember) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _remember(self, number: int, frame: Any) -> None:
         del frame
@@ -204,12 +221,13 @@ class Loop:
         if self.step >= len(order) or self._stopped_early():
             return
         feed = self.experiment.data.feeds["train"]
-        with feed.train(
+        batches = feed.train(
             order,
             self.experiment.recipe.augmentation,
             start=self.step,
             chunk=config.train.steps_per_call,
-        ) as batches:
+        )
+        with self.stop.listening(), batches:
             while self.step < len(order) and not self._stopped_early():
                 epoch = self.step // order.steps_per_epoch + 1
                 records = [self._train_epoch(epoch, batches)]
