@@ -141,7 +141,7 @@ def augment(
     labels = batch.label
     if augmentation.mixes:
         if step is None:
-            raise InputError("mixup and cutmix draw one partner rule a batch: pass step=")
+            raise InputError("mixup and cutmix draw their numbers once a step: pass step=")
         step_key = jax.random.fold_in(jax.random.fold_in(epoch_key, step), _MIXING)
         images, labels = _mix(images, labels, batch.mask, step_key, augmentation, num_classes)
     return images.astype(dtype), labels
@@ -284,7 +284,7 @@ def _rotate(
         x = jnp.where(flips[:, 1, None, None], -x, x)
     # A ring of zeros makes every tap outside the image one of them.
     y, x = jnp.clip(y + (centre + 1), 0, size + 1), jnp.clip(x + (centre + 1), 0, size + 1)
-    y0, x0 = jnp.minimum(jnp.floor(y), size), jnp.minimum(jnp.floor(x), size)
+    y0, x0 = jnp.floor(y), jnp.floor(x)
     down, right = (y - y0)[..., None], (x - x0)[..., None]
     width = size + 2
     pixels = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(n, width * width, c)

@@ -20,7 +20,8 @@ class Stream(enum.IntEnum):
 
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), stream)
+    # Threefry, whatever JAX_DEFAULT_PRNG_IMPL says: only its keys give each example its own numbers.
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
 
 
 class TrainState(flax.struct.PyTreeNode):
