@@ -71,14 +71,14 @@ class Preprocess:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):
                 raise InputError(
-                    f"normalize {name} has {len(values)} numbers for {self.channels} channel(s); "
-                    f"give one number or {self.channels}"
+                    f"normalize.{name} has {len(values)} numbers and images {self.channels} "
+                    "channels; give one number, or one a channel"
                 )
             if not np.isfinite(values).all():
-                raise InputError(f"normalize {name} is {values}; it must be finite numbers")
+                raise InputError(f"normalize.{name} is {values}; it must be finite numbers")
         if min(self.std) <= 0:
             raise InputError(
-                f"normalize std is {self.std}; it must be positive (0 means that a channel has the "
+                f"normalize.std is {self.std}; it must be positive (0 means that a channel has the "
                 "same value in every pixel: check the images, or give the numbers yourself)"
             )
 

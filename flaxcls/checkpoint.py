@@ -7,15 +7,25 @@ the data. The position in the data is the state's step (see `data/loader.py`).
 
 import contextlib
 import dataclasses
+import gc
 import logging
-from collections.abc import Iterator
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from flaxcls.errors import InputError
+
+T = TypeVar("T")
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint whose files are not what was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +37,14 @@ class Restored:
       state: a TrainState on the shardings asked for.
       metrics: the MetricState of the epoch that was running.
       log: {"history": list of metric records, "data": fingerprint, ...}.
+      damaged: later steps that could not be read.
     """
 
     step: int
     state: Any
     metrics: Any
     log: dict[str, Any]
+    damaged: tuple[int, ...] = ()
 
 
 class Checkpoints:
@@ -48,6 +60,7 @@ class Checkpoints:
         # Orbax logs each file it touches.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._best_step: int | None = None
+        self._read_only = read_only
         self.directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -103,21 +116,28 @@ class Checkpoints:
     def restore_latest(self, state: Any, metrics: Any) -> Restored | None:
         """Reads the newest checkpoint that can be read, or returns None where there is none.
 
+        Later ones, which are damaged, are removed: those steps will be taken again.
+
         Args:
           state: the abstract state: shapes, dtypes and shardings to restore to.
           metrics: likewise.
 
         Raises:
-          InputError: there are checkpoints, but none of them fits.
+          InputError: there are checkpoints, but all are damaged, or one has other shapes.
         """
-        failures = []
+        damaged: dict[int, DamagedCheckpoint] = {}
         for step in reversed(self.steps()):
             try:
-                return self.restore(step, state, metrics)
-            except InputError as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
+                restored = self.restore(step, state, metrics)
+            except DamagedCheckpoint as error:
+                damaged[step] = error
+                continue
+            for later in damaged:
+                if not self._read_only:
+                    self._manager.delete(later)
+            return dataclasses.replace(restored, damaged=tuple(damaged))
+        if damaged:
+            raise next(iter(damaged.values()))
         return None
 
     def restore(self, step: int, state: Any, metrics: Any) -> Restored:
@@ -128,41 +148,44 @@ class Checkpoints:
         """
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
-            raise InputError(f"{self.directory}: no checkpoint of step {step}; there are {known}")
-        self._check_shapes(step, state)
-        try:
-            read = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(state),
-                    epoch=ocp.args.StandardRestore(metrics),
-                    log=ocp.args.JsonRestore(),
-                ),
-            )
-        except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
             raise InputError(
-                f"{self.directory / str(step)}: the checkpoint is damaged "
-                f"({_first_line(error)}); remove this folder to go on from the one before"
-            ) from error
+                f"eval.step: '{self.directory}' has no checkpoint of step {step}; choose one of "
+                f"{known}, or 0 for the best"
+            )
+        self._check_shapes(step, state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(state),
+            epoch=ocp.args.StandardRestore(metrics),
+            log=ocp.args.JsonRestore(),
+        )
+        read = self._read(step, lambda: self._manager.restore(step, args=items))
         return Restored(step, read["state"], read["epoch"], read["log"])
 
+    def _read(self, step: int, read: Callable[[], T]) -> T:
+        """Reads a part of a checkpoint, or raises DamagedCheckpoint for whatever goes wrong."""
+        with _silent():
+            try:
+                return read()
+            except Exception as error:
+                reason = _first_line(error)
+            # The first file that fails leaves the reads of others behind: their last words.
+            gc.collect()
+            time.sleep(0.5)
+        raise DamagedCheckpoint(
+            f"{self.directory / str(step)}: the checkpoint is damaged ({reason}); restore this "
+            "folder from a copy, or remove it to do without"
+        )
+
     def _check_shapes(self, step: int, state: Any) -> None:
-        """Names the first array whose shape is another than the model's."""
-        try:
-            stored = self._manager.item_metadata(step)["state"]
-            there = _paths(stored if not hasattr(stored, "tree") else stored.tree)
-        except Exception as error:
-            raise InputError(
-                f"{self.directory / str(step)}: the checkpoint is damaged "
-                f"({_first_line(error)}); remove this folder to go on from the one before"
-            ) from error
-        wanted = _paths(state)
-        for path in sorted(wanted.keys() | there.keys()):
-            a, b = there.get(path), wanted.get(path)
-            if a != b:
+        """Names the first array whose shape is another than the model's, parameters first."""
+        stored = self._read(step, lambda: self._manager.item_metadata(step)["state"].tree)
+        there, wanted = _paths(stored), _paths(state)
+        for path in sorted(wanted.keys() | there.keys(), key=lambda p: (p[:6] != "params", p)):
+            if there.get(path) != wanted.get(path):
+                a, b = (f"shape {s[path]}" if path in s else "no place" for s in (there, wanted))
                 raise InputError(
-                    f"{self.directory / str(step)}: {path} has shape {a} in the checkpoint and {b} "
-                    "in the model; use the config that the run was trained with"
+                    f"{self.directory / str(step)}: {path} has {a} in the checkpoint and {b} in "
+                    "the model; use the config that the run was trained with"
                 )
 
     def close(self) -> None:
@@ -223,6 +246,20 @@ def _key(entry: Any) -> str:
 
 
 @contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps what libraries print on standard error, from any thread, from being seen."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+@contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
     try:
         yield
@@ -238,4 +275,5 @@ def _writing(directory: Path) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+    first = lines[0] if lines else type(error).__name__
+    return first.partition(" [")[0][:200]

@@ -6,16 +6,20 @@ from the data; `resolve` fills them in, and reports those that were set but have
 """
 
 import dataclasses
-import difflib
 import json
 import math
+import re
+import sys
+import traceback
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, did_you_mean
 
 
 def default() -> ConfigDict:
@@ -215,6 +219,7 @@ CHOICES = {
 
 # What must hold of a number, in words: (smallest, largest, whether the smallest itself is allowed).
 RANGES: dict[str, tuple[float, float, bool]] = {
+    "seed": (0, 2**32 - 1, True),
     "data.image_size": (1, 4096, True),
     "data.crop_fraction": (0, 1, False),
     "data.val_fraction": (0, 0.99, True),
@@ -242,6 +247,27 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "checkpoint.every_steps": (0, math.inf, True),
     "log.every_seconds": (0, math.inf, False),
     "mesh.devices": (0, math.inf, True),
+}
+
+# What a value must be, in words.
+KINDS: dict[type, str] = {
+    bool: "a bool; give True or False",
+    int: "an int; give a whole number such as 3",
+    float: "a float; give a number such as 0.1",
+    str: "a str; give text in quotes, such as 'cat'",
+    tuple: "a tuple; give one in brackets, such as '(1, 2)'",
+}
+# What the values of tuples must be.
+ELEMENTS: dict[str, type] = {
+    "augment.crop_area": float,
+    "augment.crop_ratio": float,
+    "augment.erasing_area": float,
+    "augment.erasing_ratio": float,
+    "data.classes": str,
+    "loss.class_weight_values": float,
+    "normalize.mean": float,
+    "normalize.std": float,
+    "schedule.milestones": int,
 }
 
 # A run may be resumed with other values of these; all else is part of what the run is.
@@ -300,8 +326,8 @@ def for_dataset(dataset: str, *, min_size: int = 1) -> ConfigDict:
     if name not in PRESETS or (name == "tfds") != bool(tfds_name):
         known = [n for n in PRESETS if n != "tfds"] + ["tfds/NAME"]
         raise InputError(
-            f"--config: unknown data set {dataset!r} after the colon{_nearest(dataset, known)}; "
-            f"known are {', '.join(known)}"
+            f"--config: unknown data set {dataset!r} after the colon; "
+            f"{did_you_mean(dataset, known)}"
         )
     preset = PRESETS[name]
     c = default()
@@ -326,23 +352,86 @@ def resolve(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
       InputError: a value is out of its range, unknown, or contradicts another.
     """
     c = ConfigDict(config).copy_and_resolve_references()
+    _check_tree(c)
     notes = _fill_branches(c)
     for path, choices in CHOICES.items():
         value = _get(c, path)
         if value is not None and value not in choices:
             known = [str(choice) for choice in choices]
-            raise InputError(
-                f"{path}: unknown value {value!r}{_nearest(str(value), known)}; "
-                f"choose one of {', '.join(known)}"
-            )
+            raise InputError(f"{path}: unknown value {value!r}; {did_you_mean(str(value), known)}")
     for path, (low, high, closed) in RANGES.items():
         value = _get(c, path)
         if not (low <= value <= high) or (value == low and not closed) or not math.isfinite(value):
             bound = f"at least {low:g}" if closed else f"greater than {low:g}"
-            upper = "" if high == math.inf else f" and at most {high:g}"
-            raise InputError(f"{path}: {value} is out of range; it must be finite, {bound}{upper}")
+            upper = "finite" if high == math.inf else f"at most {high:.10g}"
+            raise InputError(f"{path}: {value} is out of range; it must be {bound} and {upper}")
     _check_combinations(c)
     return c.lock(), notes
+
+
+def _check_tree(c: ConfigDict) -> None:
+    """Refuses keys that are not in the default tree, or are missing, and values of other types.
+
+    A config file can unlock the tree, and Python takes True for a whole number.
+    """
+    given = flatten(c)
+    for path in given:
+        check_key(path)
+    optional = {path for path, value in flatten(default()).items() if value is None}
+    for path, kind in key_types().items():
+        if path not in given:
+            raise InputError(
+                f"{path} is missing from the config; build it on flaxcls.config.for_dataset"
+            )
+        value = given[path]
+        if value is None and path in optional:
+            continue
+        if not _is(value, kind):
+            raise InputError(f"{path}: {value!r} is not {KINDS[kind]}")
+        if kind is tuple:
+            element = ELEMENTS[path]
+            for one in value:
+                if not _is(one, element):
+                    raise InputError(f"{path}: {one!r} in {value!r} is not {KINDS[element]}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of a type; a whole number serves as a float, True not as a number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def check_key(path: str) -> None:
+    """Raises InputError, with the nearest one, unless `path` is a key such as train.epochs."""
+    known = key_types()
+    if path in known:
+        return
+    if any(key.startswith(path + ".") for key in known):
+        raise InputError(f"{path} is a group of keys; set one of them, as in {path}.KEY=VALUE")
+    group, _, last = path.rpartition(".")
+    same_name = [repr(key) for key in known if key.rpartition(".")[2] == last]
+    same_group = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == group]
+    if same_name:
+        remedy = f"did you mean {' or '.join(same_name)}?"
+    elif group and same_group:
+        remedy = did_you_mean(last, same_group)
+    else:
+        remedy = did_you_mean(path, known)
+    raise InputError(f"{path} is not a key of the config; {remedy}")
+
+
+def key_types() -> dict[str, type]:
+    """Returns the type of each key's value by the key's dotted path."""
+    return dict(_key_types(default(), ""))
+
+
+def _key_types(config: ConfigDict, prefix: str) -> Iterator[tuple[str, type]]:
+    for key in config:
+        if isinstance(config[key], ConfigDict):
+            yield from _key_types(config[key], f"{prefix}{key}.")
+        else:
+            yield prefix + key, config.get_type(key)
 
 
 def _fill_branches(c: ConfigDict) -> list[str]:
@@ -353,8 +442,7 @@ def _fill_branches(c: ConfigDict) -> list[str]:
         group, choice = c[group_name], _get(c, selector)
         if choice not in branches:
             raise InputError(
-                f"{selector}: unknown value {choice!r}{_nearest(choice, branches)}; "
-                f"choose one of {', '.join(branches)}"
+                f"{selector}: unknown value {choice!r}; {did_you_mean(choice, branches)}"
             )
         active = branches[choice]
         for key in sorted({key for branch in branches.values() for key in branch}):
@@ -425,22 +513,31 @@ def save(config: ConfigDict, path: Path) -> None:
     temporary.replace(path)
 
 
-def get_config(path: str) -> ConfigDict:
-    """Returns the config of a `config.json`; named so that this module serves as a config file.
+def load(path: Path) -> ConfigDict:
+    """Returns the config that `save` wrote.
 
     Raises:
       InputError: the file does not hold a config of this version of flaxcls.
     """
     c = default()
     try:
-        stored = json.loads(Path(path).read_text())
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict):
+            raise InputError("it is no tree of keys")
         _assign(c, stored)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a config that this version of flaxcls can read ({_first_line(error)}); "
-            "restore the file or give another --workdir"
-        ) from error
+        _check_tree(c)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _unreadable(path, _explain(error)) from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, _first_line(error)) from error
     return c
+
+
+def _unreadable(path: Path, reason: str) -> InputError:
+    return InputError(
+        f"{path}: not a config that this version of flaxcls can read ({reason}); restore the file "
+        "or give another --workdir"
+    )
 
 
 def _assign(config: ConfigDict, values: dict[str, Any]) -> None:
@@ -449,6 +546,70 @@ def _assign(config: ConfigDict, values: dict[str, Any]) -> None:
             _assign(config[key], value)
         else:
             setattr(config, key, tuple(value) if isinstance(value, list) else value)
+
+
+def from_file(path: Path, *dataset: str) -> ConfigDict:
+    """Returns what `get_config(*dataset)` of a Python file returns.
+
+    Raises:
+      InputError: the file cannot be read or run, or returns no config; with the line at fault.
+    """
+    # Not through importlib, which would leave compiled files beside the user's.
+    module = types.ModuleType("flaxcls_config_file")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(_read(path), str(path), "exec"), vars(module))
+        if hasattr(module, "get_config"):
+            config = module.get_config(*dataset)
+    except InputError:
+        raise
+    except SyntaxError as error:
+        where = f"{path}, line {error.lineno}" if error.lineno else str(path)
+        raise InputError(f"{where}: not Python ({error.msg}); correct the config file") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f", line {frame.lineno}" for frame in frames if frame.filename == str(path)]
+        where = str(path) + "".join(lines[-1:])
+        if "config_dict" in frames[-1].filename:
+            raise InputError(f"{where}: {_explain(error)}") from error
+        raise InputError(
+            f"{where}: {type(error).__name__}: {_first_line(error)}; correct the config file"
+        ) from error
+    if not hasattr(module, "get_config"):
+        raise InputError(
+            f"{path}: there is no function get_config(dataset) in it; define one that returns the "
+            "config, or give another file"
+        )
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"{path}: get_config returned {type(config).__name__}, not a config; return what "
+            "flaxcls.config.for_dataset gave"
+        )
+    return config
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"--config: cannot read '{path}' ({error.strerror}); give a config file"
+        ) from error
+
+
+def _explain(error: Exception) -> str:
+    """Says in short what ml_collections says of a key or a value, with the whole tree around it."""
+    text = str(error)
+    wrong = re.search(r"field '(\w+)'.*?\. (.*) is of original .* to type <class '(.*)'>", text)
+    if wrong:
+        key, value, name = wrong.groups()
+        kinds = {kind.__name__: words for kind, words in KINDS.items()}
+        return f"{key}: {value!r} is not {kinds.get(name, 'a group of keys; set one of them')}"
+    named = re.search(r"Key \W*(\w+)", text) or re.search(r"(\w+)", text)
+    name = named[1] if named else text
+    keys = sorted({part for path in key_types() for part in path.split(".")})
+    return f"{name!r} is not a key of the config; {did_you_mean(name, keys)}"
 
 
 def differences(stored: ConfigDict, given: ConfigDict) -> list[str]:
@@ -480,11 +641,6 @@ def _get(config: ConfigDict, path: str) -> Any:
     for key in path.split("."):
         config = config[key]
     return config
-
-
-def _nearest(name: str, known: Any) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,7 @@
-"""The one exception for mistakes in what the user gave."""
+"""The one exception for mistakes in what the user gave, and the remedy for a misspelt name."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -6,3 +9,14 @@ class InputError(ValueError):
 
     `main` prints the sentence without a traceback and exits with code 2.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns the remedy for an unknown `name`: the nearest of the `known`, else some of them."""
+    names = [str(one) for one in known]
+    by_lower = {one.lower(): one for one in names}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    if near:
+        return f"did you mean {by_lower[near[0]]!r}?"
+    more = f", ... ({len(names)} in all)" if len(names) > 12 else ""
+    return f"choose one of {', '.join(names[:12])}{more}" if names else "there are none"

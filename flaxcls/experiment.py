@@ -404,4 +404,7 @@ def _check_monitors(config: ConfigDict, dataset: Dataset) -> None:
                 f"{key} watches {monitor!r}, but there is no validation split; set "
                 "data.val_fraction above 0, or watch 'train/loss'"
             )
-        check_monitor(monitor, names)
+        try:
+            check_monitor(monitor, names)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from error

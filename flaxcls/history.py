@@ -8,14 +8,13 @@ run decides exactly as an uninterrupted one. A monitor names one number of it: `
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, did_you_mean
 
 Record = dict[str, Any]
 
@@ -54,8 +53,7 @@ def check_monitor(
     if split in splits and metric in names:
         return split, metric
     valid = [f"{a}/{b}" for a in splits for b in names]
-    near = difflib.get_close_matches(monitor, valid, n=1, cutoff=0.0)
-    remedy = f"did you mean {near[0]!r}?" if near else "write it as split/metric: 'val/accuracy'"
+    remedy = did_you_mean(monitor, valid)
     raise InputError(f"no metric is called {monitor!r} (a monitor is split/metric); {remedy}")
 
 

@@ -4,7 +4,6 @@ To add a loss, write a function whose keyword arguments are its options and whic
 `(logits, labels) -> Loss`, and enter it in `LOSSES`.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, did_you_mean
 
 
 class Loss(NamedTuple):
@@ -57,7 +56,7 @@ def cross_entropy(
     """
     smoothing = float(label_smoothing)
     if not 0 <= smoothing < 1:
-        raise InputError(f"loss.label_smoothing: {smoothing} is not in [0, 1)")
+        raise InputError(f"loss.label_smoothing: {smoothing} is not in [0, 1); give 0.1, say")
     weights = None if class_weights is None else np.asarray(class_weights, np.float64)
     if weights is not None:
         _check_class_weights(weights, smoothing)
@@ -113,11 +112,11 @@ def create_loss(name: str, **options: Any) -> LossFunction:
       InputError: the name or an option is unknown, or an option is out of its range.
     """
     if name not in LOSSES:
-        raise InputError(f"loss.name: {_unknown(name, LOSSES)}")
+        raise InputError(f"loss.name: unknown {name!r}; {did_you_mean(name, LOSSES)}")
     known = list(inspect.signature(LOSSES[name]).parameters)
     for option in options:
         if option not in known:
-            raise InputError(f"loss.{option}: not used by {name!r}; {_unknown(option, known)}")
+            raise InputError(f"loss.{option}: not used by {name!r}; {did_you_mean(option, known)}")
     return LOSSES[name](**options)
 
 
@@ -139,7 +138,9 @@ def class_weights(
         are not one positive finite number a class.
     """
     if kind not in CLASS_WEIGHTS:
-        raise InputError(f"loss.class_weights: {_unknown(kind, CLASS_WEIGHTS)}")
+        raise InputError(
+            f"loss.class_weights: unknown {kind!r}; {did_you_mean(kind, CLASS_WEIGHTS)}"
+        )
     if kind != "values" and len(values):
         raise InputError(
             f"loss.class_weight_values: not used by {kind!r}; set loss.class_weights to 'values'"
@@ -179,9 +180,3 @@ def total(loss: Loss, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     weighted = jnp.where(mask, loss.value * loss.weight, 0)
     return jnp.sum(weighted), jnp.sum(jnp.where(mask, loss.weight, 0))
-
-
-def _unknown(name: str, known: Any) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {matches[0]!r}?" if matches else f"known: {', '.join(known)}"
-    return f"unknown {name!r}; {hint}"

@@ -4,38 +4,44 @@ python -m flaxcls.main --config=configs/vgg13.py
 python -m flaxcls.main --mode=evaluate --workdir=runs/vgg13-digits
 """
 
+import argparse
+import dataclasses
 import importlib
 import importlib.resources
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from flaxcls import config as config_module
 from flaxcls import ops
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, did_you_mean
 
 MODES = ("train", "evaluate", "summary")
+ON_RUNS = ("evaluate",)  # modes that need a run, not a config
 
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file, or the name of one that comes with flaxcls; the data set follows a colon: "
-    "configs/vgg13.py:fashion_mnist, or vgg13. Keys are overridden with --config.group.key=value.",
-    lock_config=True,
-)
-flags.DEFINE_enum("mode", "train", MODES, "What to do.")
-flags.DEFINE_string("workdir", None, "Run folder; by default runs/CONFIG-DATASET.")
-flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, for several processes.")
-flags.DEFINE_integer("num_processes", None, "How many processes, with --coordinator.")
-flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
-flags.DEFINE_bool("debug", False, "Show the traceback of an error in the input.")
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command line that was understood.
+
+    Attributes:
+      flags: as given: mode, coordinator, num_processes, process_id.
+      config: resolved.
+      workdir: the run folder.
+      notes: sentences for the log.
+    """
+
+    flags: argparse.Namespace
+    config: ConfigDict
+    workdir: Path
+    notes: list[str]
 
 
 def run() -> None:
@@ -49,11 +55,10 @@ def main(argv: Sequence[str]) -> int:
     0: done. 2: the input is wrong, in one sentence on standard error. 128 + n: stopped by signal
     n, saved, to be resumed.
     """
-    debug = any(argument in ("--debug", "-debug", "--debug=true") for argument in argv)
     try:
-        return _dispatch(argv)
+        return _dispatch(parse(argv))
     except InputError as error:
-        if debug:
+        if "--debug" in argv:
             raise
         print(f"flaxcls: {error}", file=sys.stderr)
         return 2
@@ -64,101 +69,135 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-def _dispatch(argv: Sequence[str]) -> int:
-    config, name, notes = parse(argv)
-    notes = [ops.prepare_process(), *notes]  # before JAX starts its threads
-    _start_jax(config)
-    workdir = Path(FLAGS.workdir or Path("runs") / name)
-    if FLAGS.mode == "train":
+def _dispatch(command: Command) -> int:
+    config, workdir = command.config, command.workdir
+    notes = [ops.prepare_process(), *command.notes]  # before JAX starts its threads
+    _start_jax(config, command.flags)
+    if command.flags.mode == "train":
         train = importlib.import_module("flaxcls.train")
         try:
             train.train(config, workdir, train.StopRequest(), notes)
         except train.Interrupted as interrupted:
             print(f"flaxcls: {interrupted}", file=sys.stderr)
             return 128 + interrupted.signal_number
-    elif FLAGS.mode == "evaluate":
+    elif command.flags.mode == "evaluate":
         report = importlib.import_module("flaxcls.analysis.report")
         report.evaluate_run(config, workdir, notes)
-    elif FLAGS.mode == "summary":
+    elif command.flags.mode == "summary":
         summary = importlib.import_module("flaxcls.analysis.summary")
         experiment = importlib.import_module("flaxcls.experiment")
         print(summary.model_summary(*experiment.untrained_model(config)))
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, list[str]]:
-    """Parses flags and resolves the config.
-
-    Returns:
-      The resolved config, the default name of the run, and notes for the log.
+def parse(argv: Sequence[str]) -> Command:
+    """Reads the command line and the config that it names.
 
     Raises:
       InputError: an unknown flag or key, a value of the wrong type, a config that cannot be read.
     """
-    arguments, chosen = _with_config(list(argv))
-    try:
-        positional = FLAGS(arguments)
-        config = FLAGS.config
-        config = config if isinstance(config, ConfigDict) else ConfigDict(dict(config))
-    except InputError:
-        raise
-    except flags.Error as error:
-        raise InputError(_sentence(error)) from error
-    except FileNotFoundError as error:
-        raise InputError(_missing_config(chosen)) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"--config: {_sentence(error)}") from error
-    if len(positional) > 1:
-        raise InputError(f"unexpected argument {positional[1]!r}; flags are written --name=value")
+    parser = _parser()
+    given, keys = parser.parse_known_args(argv[1:])
+    if given.mode not in MODES:
+        raise InputError(f"--mode: unknown mode {given.mode!r}; {did_you_mean(given.mode, MODES)}")
+    config = _read_config(given)
+    _override(config, keys, known_flags=list(vars(given)))
     resolved, notes = config_module.resolve(config)
-    return resolved, run_name(chosen, resolved), notes
+    workdir = given.workdir or Path("runs", run_name(given.config, resolved))
+    return Command(given, resolved, Path(workdir), notes)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; flags are written --name=value, and --help lists them")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m flaxcls.main",
+        description=__doc__,
+        epilog=f"Configs that come with flaxcls: {', '.join(shipped_configs())}. "
+        f"Every key of a config and its default: {config_module.__file__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:DATASET]",
+        help="config file, or the name of one that comes with flaxcls; --config.GROUP.KEY=VALUE "
+        "overrides a key",
+    )
+    parser.add_argument("--mode", default="train", help=f"one of {', '.join(MODES)}")
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="run folder; by default runs/CONFIG-DATASET"
+    )
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="first of several processes, given to each"
+    )
+    parser.add_argument("--num_processes", type=int, metavar="N", help="how many processes")
+    parser.add_argument("--process_id", type=int, metavar="I", help="which of them, from 0")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error in the input"
+    )
+    return parser
+
+
+def _read_config(given: argparse.Namespace) -> ConfigDict:
+    """Returns the config that `--config` names, without it the one of the run in `--workdir`."""
+    if given.config is not None:
+        path, colon, dataset = _find(given.config).partition(":")
+        if not Path(path).is_file():
+            raise InputError(_missing_config(path))
+        return config_module.from_file(Path(path), *([dataset] if colon else []))
+    if given.workdir:
+        stored = Path(given.workdir, "config.json")
+        if stored.is_file():
+            return config_module.load(stored)
+    if given.mode not in ON_RUNS:
+        raise InputError(
+            "--config is missing; give a config file, or one that comes with flaxcls: "
+            + ", ".join(shipped_configs())
+        )
+    if not given.workdir:
+        raise InputError("--workdir is missing; give the folder of a run")
+    raise InputError(
+        f"--workdir: '{given.workdir}' holds no config.json, so it is no run folder; "
+        "give the folder of a run"
+    )
+
+
+def _override(config: ConfigDict, arguments: list[str], known_flags: list[str]) -> None:
+    """Sets the keys of `--config.GROUP.KEY=VALUE` arguments."""
+    for argument in arguments:
+        flag = re.match(r"--?([^=]+)", argument)
+        key = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if key:
+            config_module.check_key(key[1])
+        elif flag:
+            raise InputError(
+                f"--{flag[1]}: there is no such flag; {did_you_mean(flag[1], known_flags)}"
+            )
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    argv = ["flaxcls", *arguments]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        unexpected = values(argv)[1:]
+    except (flags.Error, ValueError, TypeError) as error:
+        illegal = re.match(r"flag --config\.(\S+?)=(.*?): ", str(error), re.DOTALL)
+        if not illegal:
+            raise InputError(f"{error}; keys are written --config.GROUP.KEY=VALUE") from error
+        path, value = illegal.groups()
+        kind = config_module.KINDS[config_module.key_types()[path]]
+        raise InputError(f"--config.{path}: {value!r} is not {kind}") from error
+    if unexpected:
+        raise InputError(f"unexpected argument {unexpected[0]!r}; flags are written --name=value")
 
 
 def run_name(chosen: str, config: ConfigDict) -> str:
     """Returns CONFIG-DATASET of `--config=CONFIG:DATASET`."""
     path, _, dataset = chosen.partition(":")
     return f"{Path(path).stem}-{(dataset or config.data.source).replace('/', '-')}"
-
-
-def _with_config(argv: list[str]) -> tuple[list[str], str]:
-    """Puts the path of the config file into the arguments.
-
-    A name without a file in the working directory is one of those that come with flaxcls. Without
-    `--config`, the run in `--workdir` gives its own.
-    """
-    for i, argument in enumerate(argv):
-        flag, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and flag == "config":
-            if not equals and i + 1 < len(argv):
-                value = argv[i + 1]
-                del argv[i + 1]
-            argv[i] = f"--config={_find(value)}"
-            return argv, value
-    workdir = _flag_value(argv, "workdir")
-    stored = Path(workdir or "") / "config.json"
-    if workdir and stored.is_file():
-        # Before the keys that override it, which need it.
-        path = f"--config={config_module.__file__}:{stored}"
-        return [argv[0], path, *argv[1:]], Path(workdir).name
-    if workdir and (_flag_value(argv, "mode") or "train") != "train":
-        raise InputError(
-            f"--workdir: {workdir!r} holds no config.json, so it is no run folder; "
-            "give the folder of a run"
-        )
-    if any(a in ("--help", "-help", "--helpfull", "--helpshort") for a in argv):
-        return argv, ""
-    raise InputError(
-        "--config is missing; give a config file, or one that comes with flaxcls: "
-        + ", ".join(shipped_configs())
-    )
-
-
-def _flag_value(argv: Sequence[str], name: str) -> str | None:
-    for i, argument in enumerate(argv):
-        flag, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and flag == name:
-            return value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
-    return None
 
 
 def _find(value: str) -> str:
@@ -183,33 +222,26 @@ def shipped_configs() -> list[str]:
     )
 
 
-def _missing_config(chosen: str) -> str:
-    path = chosen.partition(":")[0]
-    return (
-        f"--config: no file {path!r}, and none of that name comes with flaxcls "
-        f"({', '.join(shipped_configs())}); correct the path"
-    )
+def _missing_config(path: str) -> str:
+    if Path(path).is_dir():
+        return f"--config: {path!r} is a folder; give a config file"
+    remedy = did_you_mean(path, shipped_configs())
+    return f"--config: no file {path!r}, and no config of that name comes with flaxcls; {remedy}"
 
 
-def _sentence(error: BaseException) -> str:
-    """Returns an error's text as one line."""
-    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(str(text).split()) or type(error).__name__
-
-
-def _start_jax(config: ConfigDict) -> None:
+def _start_jax(config: ConfigDict, given: argparse.Namespace) -> None:
     """Sets what must be set before JAX touches a device."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     jax: Any = importlib.import_module("jax")
     logging.getLogger("jax").setLevel(logging.WARNING)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
-    if FLAGS.coordinator is not None:
-        if FLAGS.num_processes is None or FLAGS.process_id is None:
+    if given.coordinator is not None:
+        if given.num_processes is None or given.process_id is None:
             raise InputError(
                 "--coordinator needs --num_processes and --process_id too; give all three"
             )
-        jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        jax.distributed.initialize(given.coordinator, given.num_processes, given.process_id)
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         jax.distributed.initialize()
     ops.set_backend(config.ops.backend)

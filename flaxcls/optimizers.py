@@ -4,7 +4,6 @@ An option of an optimizer or a schedule is a keyword argument of its function in
 `SCHEDULES`; to add one, write such a function and enter it there.
 """
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, did_you_mean
 
 WARMUP_START = 0.01  # of the learning rate, at the first step of a warm-up
 
@@ -45,7 +44,7 @@ def create_optimizer(
       InputError: the name or an option is unknown, or an option is out of its range.
     """
     if name not in OPTIMIZERS:
-        raise InputError(f"optimizer.name: {_unknown(name, OPTIMIZERS)}")
+        raise InputError(f"optimizer.name: unknown {name!r}; {did_you_mean(name, OPTIMIZERS)}")
     _check_options("optimizer", name, OPTIMIZERS[name], options)
     _check_range("optimizer.clip_norm", clip_norm, 0)
     return optax.chain(
@@ -209,7 +208,7 @@ def create_schedule(
       InputError: the name or an option is unknown, or a value is out of its range.
     """
     if name not in SCHEDULES:
-        raise InputError(f"schedule.name: {_unknown(name, SCHEDULES)}")
+        raise InputError(f"schedule.name: unknown {name!r}; {did_you_mean(name, SCHEDULES)}")
     _check_options("schedule", name, SCHEDULES[name], options)
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise InputError(
@@ -391,7 +390,7 @@ def plateau_scale(
       InputError: an option is out of its range.
     """
     if mode not in ("min", "max"):
-        raise InputError(f"plateau mode: {_unknown(mode, ('min', 'max'))}")
+        raise InputError(f"plateau mode: unknown {mode!r}; {did_you_mean(mode, ('min', 'max'))}")
     _check_plateau(factor, patience, min_delta, cooldown, min_scale)
     scale, best, bad_epochs, cooling = 1.0, math.inf, 0, 0
     for value in values:
@@ -453,14 +452,8 @@ def _check_options(
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     for option in options:
         if option not in known:
-            raise InputError(f"{group}.{option}: not used by {name!r}; {_unknown(option, known)}")
+            remedy = did_you_mean(option, known) if known else "remove it"
+            raise InputError(f"{group}.{option}: not used by {name!r}; {remedy}")
     for option, default in known.items():
         if default is inspect.Parameter.empty and option not in options:
             raise InputError(f"{group}.{option}: {name!r} needs it; set it")
-
-
-def _unknown(name: str, known: Any) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    choices = ", ".join(known) or "nothing"
-    hint = f"did you mean {matches[0]!r}?" if matches else f"known: {choices}"
-    return f"unknown {name!r}; {hint}"

@@ -23,6 +23,10 @@ from flaxcls.sharding import fetch, replicated
 
 FORMAT_VERSION = 1
 
+# What is read again of `summary.json` and of `preprocess.json`.
+SUMMARY_KEYS = ("model", "params", "best_epoch", "epochs", "seconds", "val", "test")
+DESCRIPTION_KEYS = ("class_names", "class_counts", "mean", "std", "fingerprint")
+
 
 class RunFiles:
     """The files of one run, apart from its checkpoints; only the first process writes.
@@ -62,7 +66,7 @@ class RunFiles:
     def _compare(self, path: Path) -> dict[str, Any] | None:
         if not path.exists():
             return None
-        stored = config_module.get_config(str(path))
+        stored = config_module.load(path)
         differing = config_module.differences(stored, self._config)
         if differing:
             raise InputError(
@@ -71,7 +75,7 @@ class RunFiles:
             )
         done = self.folder / "summary.json"
         if done.exists() and stored.train.epochs >= self._config.train.epochs:
-            return runlog.read_json(done)
+            return _read_with(done, SUMMARY_KEYS)
         return None
 
     def show_finished(self) -> None:
@@ -84,10 +88,16 @@ class RunFiles:
         for content in closing(self.finished_summary or {}, history, str(self.folder)):
             show(console, content)
 
-    def begin(self, experiment: Experiment) -> None:
-        """Writes what is known before the first step."""
+    def begin(self, experiment: Experiment, history: list[Record]) -> None:
+        """Writes what is known before the first step of this process.
+
+        Called once the checkpoint fits, so that a mistake changes nothing of an earlier run.
+        `metrics.jsonl` and the events become those of `history`: what follows is done anew.
+        """
         if not self.writes:
             return
+        # A finished run that is given more epochs is not finished; its checkpoints hold all of it.
+        (self.folder / "summary.json").unlink(missing_ok=True)
         with runlog.writing(self.folder):
             config_module.save(self._config, self.folder / "config.json")
         runlog.record_session(self.folder / "environment.json")
@@ -96,11 +106,6 @@ class RunFiles:
         names = np.array(experiment.data.dataset.class_names)
         arrays = {"image": images, "label": labels, "index": index, "class_names": names}
         runlog.write_arrays(self.folder / "exemplars.npz", arrays)
-
-    def rewrite_history(self, history: list[Record]) -> None:
-        """Makes `metrics.jsonl` and the events those of `history`: what follows is done anew."""
-        if not self.writes:
-            return
         runlog.write_metrics(self.folder / "metrics.jsonl", history)
         if self._config.log.tensorboard:
             self._events = runlog.Events(self.folder / "tensorboard", history)
@@ -166,6 +171,31 @@ class RunFiles:
         runlog.write_json(self.folder / "summary.json", summarised)
         progress.finish(summarised, history, str(self.folder))
         return summarised
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Returns the run's `preprocess.json`, as `describe` made it.
+
+    Raises:
+      InputError: the file is missing, damaged, or of a later version of flaxcls.
+    """
+    path = folder / "preprocess.json"
+    described = _read_with(path, ("format_version", *DESCRIPTION_KEYS))
+    if described["format_version"] != FORMAT_VERSION:
+        raise InputError(
+            f"'{path}' has format {described['format_version']}, and this version of flaxcls reads "
+            f"format {FORMAT_VERSION}; use the version that wrote it"
+        )
+    return described
+
+
+def _read_with(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Reads a JSON object that must hold these keys."""
+    content = runlog.read_json(path)
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise InputError(f"'{path}' holds no {missing[0]!r}; restore or remove it")
+    return content
 
 
 def describe(experiment: Experiment, exemplars: np.ndarray) -> dict[str, Any]:

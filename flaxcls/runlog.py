@@ -200,9 +200,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
     history = []
     for number, line in enumerate(lines, 1):
         try:
-            history.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             raise InputError(f"'{path}', line {number} is not JSON; remove that line") from error
+        if not isinstance(record, dict) or not record.keys() >= {"epoch", "split", "loss"}:
+            raise InputError(f"'{path}', line {number} is no record of metrics; remove that line")
+        history.append(record)
     return history
 
 
@@ -285,7 +288,10 @@ def environment() -> dict[str, Any]:
 
 def record_session(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Adds this process to the sessions of `environment.json` and returns what was added."""
-    sessions = read_json(path)["sessions"] if Path(path).exists() else []
+    stored = read_json(path) if Path(path).exists() else {"sessions": []}
+    sessions = stored.get("sessions") if isinstance(stored, dict) else None
+    if not isinstance(sessions, list):
+        raise InputError(f"'{path}' holds no list of sessions; restore or remove it")
     session = environment()
     write_json(path, {"sessions": [*sessions, session]})
     return session

@@ -46,7 +46,8 @@ class Interrupted(Exception):
 class StopRequest:
     """Remembers SIGTERM and Ctrl-C while the loop runs; a second one stops at once.
 
-    Before and after the loop there is nothing to save, and signals act as they always do.
+    Before and after the loop there is nothing to save, and signals act as they always do. With
+    several processes a signal to one of them stops all, after the same step.
 
     Attributes:
       signal_number: of the signal that came, 0 for none.
@@ -60,7 +61,11 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may handle signals
             return
-        before = {n: signal.signal(n, self._remember) for n in (signal.SIGTERM, signal.SIGINT)}
+        if jax.process_count() == 1:
+            handlers = {signal.SIGTERM: self._remember, signal.SIGINT: self._remember}
+        else:  # JAX handles SIGTERM itself: it tells the other processes
+            handlers = {signal.SIGINT: self._pass_on}
+        before = {number: signal.signal(number, h) for number, h in handlers.items()}
         try:
             yield
         finally:
@@ -73,14 +78,19 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal_number = number
 
-    def agreed(self, step: int) -> bool:
-        """Whether to stop after `step`; with several processes all of them agree on the step."""
-        if jax.process_count() == 1:
-            return self.signal_number != 0
-        if multihost_utils.reached_preemption_sync_point(step):
-            self.signal_number = self.signal_number or signal.SIGTERM
-            return True
-        return False
+    def _pass_on(self, number: int, frame: Any) -> None:
+        del number, frame
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.raise_signal(signal.SIGTERM)
+
+    def agreed(self, steps: range) -> bool:
+        """Whether to stop now that `steps` are done; several processes all answer the same."""
+        # JAX names one step for all to stop at; it may lie within a call of several.
+        if jax.process_count() > 1 and any(
+            map(multihost_utils.reached_preemption_sync_point, steps)
+        ):
+            self.signal_number = signal.SIGTERM
+        return self.signal_number != 0
 
 
 def train(config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str]) -> dict[str, Any]:
@@ -101,7 +111,6 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str]
             files.show_finished()
             return files.finished_summary
         experiment = for_training(config)
-        files.begin(experiment)
         keep = config.checkpoint.keep
         with (
             Checkpoints(workdir / "checkpoints", keep) as checkpoints,
@@ -213,7 +222,7 @@ class Loop:
             self.state, self.metrics = restored.state, restored.metrics
             self.step, self.history = restored.step, restored.log["history"]
             self.progress.note(f"resumed: step {self.step}, from {self.files.folder}")
-        self.files.rewrite_history(self.history)
+        self.files.begin(self.experiment, self.history)
 
     def run(self) -> None:
         """Trains until the last epoch or until early stopping."""
@@ -256,7 +265,7 @@ class Loop:
             self.step += count
             self._keep_pace(totals)
             self._report(totals, self.step - (epoch - 1) * steps_per_epoch)
-            self._save_within_epoch(epoch, totals)
+            self._save_within_epoch(epoch, count, totals)
         return self._close_epoch(epoch, totals, clock)
 
     def _step_function(self, count: int) -> Any:
@@ -301,12 +310,13 @@ class Loop:
         else:
             self.progress.update(step)
 
-    def _save_within_epoch(self, epoch: int, totals: Totals) -> None:
+    def _save_within_epoch(self, epoch: int, count: int, totals: Totals) -> None:
         order, every = self.experiment.order, self.config.checkpoint.every_steps
-        stopping = self.stop.agreed(self.step)
+        just_taken = range(self.step - count + 1, self.step + 1)
+        stopping = self.stop.agreed(just_taken)
         if self.step == epoch * order.steps_per_epoch:
             return  # the epoch's end saves after validation
-        if stopping or (every and self.step % every == 0):
+        if stopping or (every and any(step % every == 0 for step in just_taken)):
             self._check_finite(int(fetch(totals.metrics.first_bad_step)))
             self._save()
         if stopping:
@@ -359,7 +369,7 @@ class Loop:
         self._save()
         self.files.add_records(records)
         self.progress.end_epoch(records, best=is_best)
-        if self.stop.signal_number and self.stop.agreed(self.step):
+        if self.stop.signal_number:
             self._leave()
 
     def _lower_learning_rate(self) -> None:
@@ -411,8 +421,9 @@ class Loop:
         self.checkpoints.wait()
         steps = self.checkpoints.steps()
         kept = f"the last good checkpoint is step {steps[-1]}" if steps else "nothing was saved yet"
+        epoch = (self.step - 1) // self.experiment.order.steps_per_epoch + 1
         return InputError(
-            f"{what} (epoch {self.step // self.experiment.order.steps_per_epoch + 1}); {kept}; "
+            f"{what} (epoch {epoch}); {kept}; "
             "train into another --workdir with a lower optimizer.learning_rate, or clip the "
             "gradients with optimizer.clip_norm"
         )

@@ -22,6 +22,9 @@ CONVS = {
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
 }
+# Half the time to compile, the same XLA operators.
+QUICK = {"xla_backend_optimization_level": 0}
+quick_jit = partial(jax.jit, compiler_options=ops.compiler_options() | QUICK)
 
 
 @pytest.fixture
@@ -103,9 +106,8 @@ def test_float32_logits_in_evaluation(name, size, options):
     assert relative_error(logits, twin.eval()(nchw(images))) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["vgg13", "vgg16c"])
-def test_float32_logits_and_statistics_in_training(name):
-    model, variables, twin, images = pair(name, 16, 32, "float32")
+def test_float32_logits_and_statistics_in_training():
+    model, variables, twin, images = pair("vgg16c", 16, 32, "float32")
     logits, moved = logits_of(model, variables, images, train=True)
     assert relative_error(logits, twin.train()(nchw(images))) < 1e-4
 
@@ -124,7 +126,7 @@ def test_float32_logits_and_statistics_in_training(name):
     ("name", "size", "options"),
     [
         ("vgg13", 32, {}),
-        ("vgg16c", 32, {"batch_norm": False}),
+        ("vgg11", 32, {"batch_norm": False}),
         ("lenet", 28, {}),
         ("fashion_net0", 28, {}),
     ],
@@ -134,7 +136,7 @@ def test_float64_parameter_gradients_in_training(x64, name, size, options):
     model, variables, twin, images = pair(name, 16, size, "float64", **options)
     labels = np.arange(len(images)) % CLASSES
 
-    @partial(jax.jit, compiler_options=ops.compiler_options())
+    @quick_jit
     def gradients(params, stats):
         def loss(params):
             variables = {"params": params, "batch_stats": stats}
@@ -158,7 +160,7 @@ def test_float64_parameter_gradients_in_training(x64, name, size, options):
     assert max(jax.tree.leaves(errors)) < 1e-8, errors
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "flax"])
 @pytest.mark.parametrize(("window", "stride", "pad"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (3, 2, 0)])
 def test_max_pool_and_its_gradient_at_ties(backend, window, stride, pad):
     """After a ReLU most windows hold several zeros: the first takes the gradient."""
@@ -173,8 +175,10 @@ def test_max_pool_and_its_gradient_at_ties(backend, window, stride, pad):
         return ops.max_pool(x, (window, window), (stride, stride), ((pad, pad), (pad, pad)))
 
     with ops.use_backend(backend):
-        ours, vjp = jax.vjp(pool, x)
-        (grad,) = vjp(weight.transpose(0, 2, 3, 1))
+        ours = quick_jit(pool)(x)
+        (grad,) = quick_jit(lambda x, weight: jax.vjp(pool, x)[1](weight))(
+            x, weight.transpose(0, 2, 3, 1)
+        )
     np.testing.assert_array_equal(ours, theirs.detach().permute(0, 2, 3, 1))
     np.testing.assert_allclose(grad, theirs_in.grad.permute(0, 2, 3, 1), atol=1e-6)
 

@@ -48,7 +48,7 @@ LEAVES = ("errors", "history", "config")
 # The only rooms that import a library which a bare accelerator machine may lack.
 LIBRARIES = {
     "PIL": {"data"},
-    "absl": {"main"},
+    "absl": {"data", "main"},
     "clu": {"metrics"},
     "cv2": {"data"},
     "grain": {"data"},

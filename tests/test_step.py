@@ -1,10 +1,12 @@
 """The training step: parts of a batch, averages, dtypes, placements, and PyTorch's own step."""
 
+import functools
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,19 +71,38 @@ def make_recipe(
     return recipe._replace(**changes)
 
 
+def draw_variables(model, images):
+    """Variables as `model.init` shapes them, without compiling it, which outlasts a step."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+    fixed = {"mean": np.zeros, "var": np.ones, "bias": np.zeros, "scale": np.ones}
+
+    def draw(path, leaf):
+        if make := fixed.get(path[-1].key):
+            return make(leaf.shape, leaf.dtype)
+        return rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape).astype(leaf.dtype)
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
 def start(recipe, *, plateau=False):
     """A new state and empty metrics."""
-    p = recipe.preprocess
+    shape = (recipe.preprocess.size, recipe.preprocess.size, recipe.preprocess.channels)
     state = create_state(
-        recipe.model,
+        SimpleNamespace(init=lambda key, images, train: draw_variables(recipe.model, images)),
         recipe.optimizer,
-        (p.size, p.size, p.channels),
+        shape,
         seed=recipe.seed,
         ema=recipe.ema_decay > 0,
         plateau=plateau,
         dtype=recipe.dtype,
     )
-    return state, metrics.empty(recipe.num_classes, top_k=2)
+    return jax.device_get((state, metrics.empty(recipe.num_classes, top_k=2)))
+
+
+@functools.cache
+def compiled(recipe):
+    return jax.jit(partial(step.train_step, recipe))
 
 
 def make_batch(seed=0, n=16, size=SIZE, padding=0):
@@ -97,10 +118,13 @@ def make_batch(seed=0, n=16, size=SIZE, padding=0):
 def run(recipe, batches, *, plateau=False):
     """The state, the metrics and the last totals after one step a batch."""
     state, counted = start(recipe, plateau=plateau)
-    take = jax.jit(partial(step.train_step, recipe))
     for batch in batches:
-        state, counted, totals = take(state, counted, batch)
+        state, counted, totals = compiled(recipe)(state, counted, batch)
     return SimpleNamespace(state=state, metrics=counted, totals=totals)
+
+
+def difference(a, b):
+    return jax.tree.map(np.subtract, jax.device_get(a), jax.device_get(b))
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -117,8 +141,7 @@ FLOAT64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("sum_loss", [False, True])
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(("parts", "sum_loss"), [(2, False), (4, True)])
 def test_an_accumulated_step_equals_the_whole_batch(parts, sum_loss):
     # Padding and class weights make the micro-batches' weights differ, which the sums must respect.
     recipe = make_recipe(
@@ -142,11 +165,15 @@ def test_batch_norm_follows_each_micro_batch():
     batch = make_batch()
     state, _ = start(recipe)
     expected = state.batch_stats
+
+    @jax.jit
+    def batch_stats_after(old, image):
+        variables = {"params": state.params, "batch_stats": old}
+        images = preprocess(image, recipe.preprocess)
+        return recipe.model.apply(variables, images, train=True, mutable=["batch_stats"])[1]
+
     for part in range(2):
-        images = preprocess(batch.image[part::2], recipe.preprocess)
-        variables = {"params": state.params, "batch_stats": expected}
-        _, updates = recipe.model.apply(variables, images, train=True, mutable=["batch_stats"])
-        expected = updates["batch_stats"]
+        expected = batch_stats_after(expected, batch.image[part::2])["batch_stats"]
     assert_trees_close(run(recipe, [batch]).state.batch_stats, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -155,61 +182,68 @@ def test_a_loss_summed_over_the_batch_moves_as_many_times_as_far():
     recipe = make_recipe(learning_rate=0.01)
     before = start(recipe)[0].params
     mean, total = (run(recipe._replace(sum_loss=s), [batch]) for s in (False, True))
-    moved = [jax.tree.map(jnp.subtract, r.state.params, before) for r in (mean, total)]
+    moved = [difference(r.state.params, before) for r in (mean, total)]
     assert_trees_close(moved[1], jax.tree.map(lambda x: 12 * x, moved[0]), rtol=1e-3, atol=1e-6)
     assert metrics.running(jax.device_get(total.metrics)) == metrics.running(
         jax.device_get(mean.metrics)
     )
 
 
-def test_dropout_depends_on_seed_step_and_micro_batch_alone():
-    batch, other = make_batch(), make_batch(seed=1)
-    recipe = make_recipe(Small(batch_norm=False, dropout=0.5))
+def test_dropout_is_the_step_s_own_and_each_micro_batch_s():
+    batch = make_batch()
+    same = batch.replace(image=batch.image[:1].repeat(16, 0), label=batch.label[:1].repeat(16))
+    # One example a micro-batch: with one mask for all, half of the features would get no gradient.
+    recipe = make_recipe(Small(batch_norm=False, dropout=0.5), accumulate=16)
 
-    def params(batches=(batch,), **changes):
-        return run(recipe._replace(**changes), batches).state.params["head"]["kernel"]
+    def moved(at_step):
+        state, counted = start(recipe)
+        before = jax.device_get(state.params["head"]["kernel"])
+        state, _, _ = compiled(recipe)(state.replace(step=np.int32(at_step)), counted, same)
+        return before - state.params["head"]["kernel"]
 
-    np.testing.assert_array_equal(params(), params())
-    assert np.abs(params() - params(seed=4)).max() > 1e-4
-
-    # A batch of one image repeated: were all micro-batches to share a mask, it would not matter
-    # into how many the batch is cut.
-    same = batch.replace(image=np.repeat(other.image[:1], 16, 0), label=np.zeros(16, np.int32))
-    cut = [params([same], accumulate=n) for n in (8, 16)]
-    assert np.abs(cut[0] - cut[1]).max() > 1e-4
+    first, again, later = moved(0), moved(0), moved(1)
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - later).max() > 1e-4
+    plain = make_recipe(Small(batch_norm=False), accumulate=16)
+    state = run(plain, [same]).state
+    active = (
+        np.abs(start(plain)[0].params["head"]["kernel"] - state.params["head"]["kernel"]).max(1) > 0
+    )
+    assert active.mean() > 0.3
+    assert (np.abs(first).max(1)[active] > 0).mean() > 0.95
 
 
 def test_the_average_of_the_parameters_is_that_of_numpy():
     recipe = make_recipe(ema_decay=0.3, options={"momentum": 0.9})
     state, counted = start(recipe)
-    take = jax.jit(partial(step.train_step, recipe))
     average = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
     for number in range(5):
-        state, counted, _ = take(state, counted, make_batch(number))
+        state, counted, _ = compiled(recipe)(state, counted, make_batch(number))
         decay = min(0.3, (1 + number) / (10 + number))
         now = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
         average = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, average, now)
         assert_trees_close(state.ema, average, rtol=1e-5, atol=1e-6)
     assert state.variables() is state.ema
-    assert np.abs(average["params"]["head"]["kernel"] - now["params"]["head"]["kernel"]).max() > 0.01
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
-def test_the_plateau_scale_is_the_learning_rate_of_another_optimizer(optimizer):
-    options = {"weight_decay": 0.1} | ({"momentum": 0.9} if optimizer == "sgd" else {})
-    high, low = (
-        make_recipe(learning_rate=rate, optimizer=optimizer, options=options)
-        for rate in (0.02, 0.002)
+    assert (
+        np.abs(average["params"]["head"]["kernel"] - now["params"]["head"]["kernel"]).max() > 0.01
     )
-    state, counted = start(high, plateau=True)
-    expected = start(low)[0]
-    batch = make_batch()
-    lowered = state.replace(learning_rate_scale=np.float32(0.1))
-    for _ in range(2):
-        lowered, counted, totals = jax.jit(partial(step.train_step, high))(lowered, counted, batch)
-        expected, _, _ = jax.jit(partial(step.train_step, low))(expected, start(low)[1], batch)
-    assert_trees_close(lowered.params, expected.params, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(totals.learning_rate, 0.002, rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_plateau_scale_multiplies_the_learning_rate(optimizer):
+    options = {"weight_decay": 0.1} | ({"momentum": 0.9} if optimizer == "sgd" else {})
+    recipe = make_recipe(learning_rate=0.02, optimizer=optimizer, options=options)
+    before = run(recipe, [make_batch()], plateau=True).state
+    moved, states = [], []
+    for scale in (1.0, 0.1):
+        scaled = before.replace(learning_rate_scale=np.float32(scale))
+        after, _, totals = compiled(recipe)(scaled, start(recipe)[1], make_batch(1))
+        np.testing.assert_allclose(totals.learning_rate, 0.02 * scale, rtol=1e-6)
+        moved.append(difference(after.params, before.params))
+        states.append((after.opt_state, after.batch_stats))
+    tenth = jax.tree.map(lambda x: x / 10, moved[0])
+    assert_trees_close(moved[1], tenth, rtol=1e-3, atol=1e-7)
+    assert_trees_equal(*states)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -218,22 +252,27 @@ def test_mixed_labels_reach_the_loss_and_true_ones_the_accuracy(accumulate):
         Small(batch_norm=False), augmentation=Augmentation(mixup=1.0), accumulate=accumulate
     )
     batch = make_batch()
-    images, targets = augment(
-        batch,
-        key=stream_key(recipe.seed, Stream.AUGMENT),
-        epoch=0,
-        step=0,
-        augmentation=recipe.augmentation,
-        preprocess=recipe.preprocess,
-        num_classes=CLASSES,
-    )
+    state, _ = start(recipe)
+
+    @jax.jit
+    def augmented():
+        images, targets = augment(
+            batch,
+            key=stream_key(recipe.seed, Stream.AUGMENT),
+            epoch=0,
+            step=0,
+            augmentation=recipe.augmentation,
+            preprocess=recipe.preprocess,
+            num_classes=CLASSES,
+        )
+        return recipe.model.apply({"params": state.params}, images), targets
+
+    logits, targets = (np.float64(x) for x in augmented())
     assert targets.shape == (16, CLASSES)
     assert ((targets > 0).sum(axis=1) > 1).any(), "nothing was mixed"
-    state, _ = start(recipe)
-    logits = np.float64(recipe.model.apply({"params": state.params}, images))
     log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     result = metrics.compute(jax.device_get(run(recipe, [batch]).metrics))
-    expected = -(np.float64(targets) * log_probabilities).sum(axis=1).mean()
+    expected = -(targets * log_probabilities).sum(axis=1).mean()
     np.testing.assert_allclose(result["loss"], expected, rtol=1e-5)
     assert result["accuracy"] == (logits.argmax(axis=1) == batch.label).mean()
 
@@ -251,17 +290,17 @@ def test_float64_stays_float64(optimizer):
         dtype=jnp.dtype("float64"),
     )
     result = run(recipe, [make_batch()] * 2)
-    kept = result.state.replace(step=0, learning_rate_scale=None), result.metrics.loss
+    kept = result.state, result.metrics.loss
     for path, leaf in jax.tree.leaves_with_path(kept):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            assert leaf.dtype == jnp.float64, jax.tree_util.keystr(path)
-    variables = result.state.variables()
-    _, logits = jax.jit(partial(step.eval_step, recipe))(
-        variables, metrics.empty(CLASSES), make_batch()
+        dtypes = (jnp.float64,) if jnp.issubdtype(leaf.dtype, jnp.floating) else (jnp.int32,)
+        assert leaf.dtype in dtypes, jax.tree_util.keystr(path)
+    state, counted = start(recipe)
+    _, logits = jax.eval_shape(
+        partial(step.eval_step, recipe), state.variables(), counted, make_batch()
     )
     assert logits.dtype == jnp.float64
     # Nor is anything rounded on the way: no array of a lower precision is made anywhere.
-    jaxpr = jax.make_jaxpr(partial(step.train_step, recipe))(result.state, *start(recipe)[1:], make_batch())
+    jaxpr = jax.make_jaxpr(partial(step.train_step, recipe))(state, counted, make_batch())
     assert {dtype for dtype in array_dtypes(jaxpr.jaxpr) if dtype.itemsize < 8} <= {
         np.dtype(name) for name in ("uint8", "int32", "uint32", "bool")
     }
@@ -274,7 +313,7 @@ def array_dtypes(jaxpr):
         for variable in equation.outvars:
             if variable.aval.ndim and isinstance(variable.aval.dtype, np.dtype):
                 found.add(variable.aval.dtype)
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             found |= array_dtypes(inner)
     return found
 
@@ -285,9 +324,11 @@ def test_bfloat16_computes_low_and_keeps_float32():
     result = run(recipe, [batch] * 2)
     for path, leaf in jax.tree.leaves_with_path((result.state, result.metrics, result.totals)):
         assert leaf.dtype in (jnp.float32, jnp.int32), jax.tree_util.keystr(path)
-    _, logits = step.eval_step(recipe, result.state.variables(), metrics.empty(CLASSES), batch)
+    state, counted = start(recipe)
+    evaluate = partial(step.eval_step, recipe)
+    _, logits = jax.eval_shape(evaluate, state.variables(), counted, batch)
     assert logits.dtype == jnp.float32
-    jaxpr = jax.make_jaxpr(partial(step.train_step, recipe))(*start(recipe), batch)
+    jaxpr = jax.make_jaxpr(partial(step.train_step, recipe))(state, counted, batch)
     assert np.dtype(jnp.bfloat16) in array_dtypes(jaxpr.jaxpr)
     exact = run(make_recipe(), [batch] * 2)
     assert_trees_close(result.state.params, exact.state.params, rtol=0.05, atol=0.02)
@@ -296,7 +337,9 @@ def test_bfloat16_computes_low_and_keeps_float32():
 def test_a_split_on_the_device_gives_the_step_of_a_batch_that_carries_its_images():
     images = np.random.default_rng(0).integers(0, 256, (100, SIZE, SIZE, 1), np.uint8)
     labels = np.random.default_rng(1).integers(0, CLASSES, 100).astype(np.int32)
-    recipe = make_recipe(augmentation=Augmentation(horizontal_flip=0.5, crop_padding=1, erasing=0.5))
+    recipe = make_recipe(
+        augmentation=Augmentation(horizontal_flip=0.5, crop_padding=1, erasing=0.5)
+    )
     carried = make_batch()
     carried = carried.replace(image=images[carried.index], label=labels[carried.index])
     sent = carried.replace(image=None, label=None)
@@ -327,8 +370,8 @@ def test_several_steps_in_one_call_equal_single_steps():
         )
     assert int(state.step) == 6
     assert_trees_close(state, single.state, rtol=1e-5, atol=1e-6)
-    assert_trees_close(counted, single.metrics, rtol=1e-5)
-    assert_trees_close(totals, single.totals, rtol=1e-5)
+    assert_trees_close(counted, single.metrics, rtol=1e-5, atol=1e-4)
+    assert_trees_close(totals, single.totals, rtol=1e-5, atol=1e-4)
 
 
 def test_state_and_metrics_are_donated_and_the_totals_outlive_them():
@@ -378,10 +421,10 @@ def test_training_steps_are_those_of_pytorch():
         optimizer.step()
         losses.append((loss.item(), CLASS_WEIGHTS[batch.label].sum()))
     result = run(recipe, batches)
-    expected = create_state(
-        model, recipe.optimizer, (28, 28, 1), seed=0, dtype=recipe.dtype
-    ).replace(params=reference_torch.parameters(twin, state.params))
-    assert_trees_close(result.state.params, expected.params, rtol=1e-8, atol=1e-10)
+    ours = reference_torch.TwoConvs(CLASSES, 6, 16, 5, 256).double()
+    reference_torch.load(ours, {"params": result.state.params})
+    for (name, a), b in zip(ours.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
     values, weights = np.array(losses).T
     mean = (values * weights).sum() / weights.sum()
     np.testing.assert_allclose(

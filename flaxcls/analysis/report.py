@@ -14,6 +14,7 @@ from flaxcls.evaluate import Evaluator, write_predictions
 from flaxcls.experiment import Experiment, for_evaluation
 from flaxcls.history import best_record, scalars
 from flaxcls.progress import make_console, metrics_table, show
+from flaxcls.results import read_description
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[str, Any]:
@@ -28,14 +29,12 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
     Raises:
       InputError: the folder holds no finished epoch, or model, data and checkpoint do not fit.
     """
-    described = workdir / "preprocess.json"
-    if not described.is_file() or not (workdir / "checkpoints").is_dir():
+    if not (workdir / "preprocess.json").is_file() or not (workdir / "checkpoints").is_dir():
         raise InputError(
             f"--workdir: '{workdir}' holds no checkpoint of a run; train it first, or give the "
             "folder of another run"
         )
-    trained = runlog.read_json(described)
-    experiment = for_evaluation(config, trained)
+    experiment = for_evaluation(config, read_description(workdir))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         step, variables = restore_variables(experiment, checkpoints)
     (key, feed), *_ = experiment.data.feeds.items()

@@ -1,6 +1,5 @@
 """`load_dataset`: from the plain arguments of a config to a Dataset with its splits."""
 
-import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from flaxcls.data.dataset import (
 )
 from flaxcls.data.decode import ImageSpec
 from flaxcls.data.splits import draw_classes, split_dataset, take_per_class
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, did_you_mean
 
 # Source -> the arguments of `read` in sources/SOURCE.py, a module imported when it is asked for.
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -62,9 +61,7 @@ def load_dataset(
     Raises InputError, one sentence that names the thing and the remedy.
     """
     if source not in SOURCES:
-        near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(SOURCES)}"
-        raise InputError(f"data.source: unknown source '{source}'; {hint}")
+        raise InputError(f"data.source: unknown source {source!r}; {did_you_mean(source, SOURCES)}")
     if classes and num_classes_drawn:
         raise InputError(
             "data.classes and data.num_classes_drawn are both set; set one of them, as the first "

@@ -95,7 +95,7 @@ def split_dataset(
     fractions = {"test": test_fraction, "val": val_fraction}
     drawn = {k: f for k, f in fractions.items() if f and mode != "own" and k not in splits}
     parts = _draw(dataset, pool, drawn, stratify, seed) if drawn else {"train": pool}
-    _check_all_train(dataset, parts["train"], bool(drawn))
+    _check_all_train(dataset, parts["train"], pool)
     splits |= parts
     return replace(dataset, splits={key: splits[key] for key in SPLITS if key in splits})
 
@@ -139,8 +139,10 @@ def _check(
             f"data.val_fraction and data.test_fraction are {val_fraction} and {test_fraction}, "
             "which leaves nothing to train on; make them smaller"
         )
-    if max_per_class < 0:
-        raise InputError(f"data.max_per_class must be 0 (no limit) or more, not {max_per_class}")
+    if max_per_class < 0 or max_per_class == 1:
+        raise InputError(
+            f"data.max_per_class must be 0 (no limit) or at least 2, not {max_per_class}"
+        )
     if mode != "drawn" and "train" not in dataset.splits:
         raise InputError(
             f"{dataset.name} has no split 'train', only {', '.join(dataset.splits)}; "
@@ -214,13 +216,13 @@ def _quotas(
     return quotas
 
 
-def _check_all_train(dataset: Dataset, train: Split, drawn: bool) -> None:
+def _check_all_train(dataset: Dataset, train: Split, pool: Split) -> None:
     counts = np.bincount(train.labels, minlength=len(dataset.class_names))
     missing = np.flatnonzero(counts == 0)
     if missing.size:
         remedy = (
             "set data.stratify=True or add images"
-            if drawn
+            if (pool.labels == missing[0]).any()
             else "add some, remove the class, or number labels from 0 without gaps"
         )
         raise InputError(

@@ -1,6 +1,5 @@
 """Models by name: `create_model` checks every option before a model is made."""
 
-import difflib
 import fnmatch
 import inspect
 from collections.abc import Callable
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, did_you_mean
 from flaxcls.models import fashion_net, lenet, vgg
 from flaxcls.models.layers import INITIALISATIONS
 
@@ -40,11 +39,7 @@ def model_options(name: str) -> dict[str, Any]:
       InputError: the model is unknown.
     """
     if name not in registry:
-        nearest = difflib.get_close_matches(name, registry, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"model.name: no model {name!r}; did you mean {nearest!r}? "
-            f"(models: {', '.join(list_models())})"
-        )
+        raise InputError(f"model.name: no model {name!r}; {did_you_mean(name, list_models())}")
     signature = inspect.signature(registry[name])
     return {
         "init" if option == "initialisation" else option: parameter.default

@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, did_you_mean
 
 BACKENDS = ("auto", "xla", "flax")
 
@@ -37,7 +37,7 @@ def set_backend(name: str) -> None:
     """
     global _chosen
     if name not in BACKENDS:
-        raise InputError(f"ops.backend: no backend {name!r}; choose one of {', '.join(BACKENDS)}")
+        raise InputError(f"ops.backend: no backend {name!r}; {did_you_mean(name, BACKENDS)}")
     _chosen = name
 
 

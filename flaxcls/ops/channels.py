@@ -1,4 +1,4 @@
-"""Sums over everything but the channels, and their transpose, in the form the device runs fast."""
+"""Means over everything but the channels, and their transpose, in the form the device runs fast."""
 
 import jax
 import jax.numpy as jnp
@@ -7,25 +7,27 @@ from flaxcls.ops.backend import implementation
 
 
 def channel_mean(x: jax.Array) -> jax.Array:
-    """x (..., C) -> its mean over all axes but the last, (C,).
+    """x (N, ..., C) -> its mean over all axes but the last, (C,).
 
-    XLA:CPU reduces leading axes at a third to a tenth of the speed of a matmul with ones
-    (64x32x32x64: 6.5 ms against 2.1).
+    XLA:CPU sums leading axes slowly: BatchNorm of 64x32x32x64 with its gradients takes 39 ms so,
+    and 11 ms where the sum over N is a matmul with ones. A matmul over all pixels at once would be
+    no faster, but adds them one after the other: an error of 1e-5 instead of 2e-7.
     """
     if implementation() != "cpu":
         return x.mean(tuple(range(x.ndim - 1)))
-    pixels = x.size // x.shape[-1]
-    ones = jnp.ones((1, pixels), x.dtype)
-    return (ones @ x.reshape(pixels, -1))[0] / pixels
+    n, c = x.shape[0], x.shape[-1]
+    over_examples = jnp.ones((1, n), x.dtype) @ x.reshape(n, -1)
+    return over_examples.reshape(-1, c).sum(0) / (x.size // c)
 
 
 def spread(channels: jax.Array, x: jax.Array) -> jax.Array:
-    """channels (C,) in a form that broadcasts against x (..., C), of the dtype of `channels`.
+    """channels (C,) in a form that broadcasts against x (N, ..., C), of the dtype of `channels`.
 
     On CPU it is a matmul with ones, which XLA turns into a plain broadcast; but its gradient, a
-    sum over all pixels, then is a matmul too, with the gain that `channel_mean` names.
+    sum over all pixels, then is in the form of `channel_mean`.
     """
     if implementation() != "cpu":
         return channels
-    ones = jnp.ones((x.size // x.shape[-1], 1), channels.dtype)
-    return (ones @ channels[None]).reshape(x.shape)
+    n, c = x.shape[0], x.shape[-1]
+    example = jnp.broadcast_to(channels, (x.size // n // c, c)).reshape(1, -1)
+    return (jnp.ones((n, 1), channels.dtype) @ example).reshape(x.shape)

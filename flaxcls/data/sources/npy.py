@@ -1,6 +1,5 @@
 """QuickDraw's layout: a folder of NAME.npy, one a class (https://quickdraw.withgoogle.com/data)."""
 
-import difflib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from flaxcls.data.arrays import as_images
 from flaxcls.data.dataset import Dataset, Split
 from flaxcls.data.paths import existing_folder
 from flaxcls.data.splits import draw_classes, draw_order, per_class_count
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, did_you_mean
 
 _HOLDS = "NAME.npy files, one a class"
 
@@ -76,6 +75,4 @@ def _mapped(file: Path) -> np.ndarray:
 
 
 def _no_file(folder: Path, name: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"it has {len(known)} others"
-    return f"data.classes: no '{name}.npy' in '{folder}'; {hint}"
+    return f"data.classes: no '{name}.npy' in '{folder}'; {did_you_mean(name, known)}"

@@ -70,7 +70,10 @@ def _arrays(path: str | Path) -> dict[str, np.ndarray]:
     except InputError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # NumPy takes any other file for pickled objects, and advises to load them unsafely.
         reason = str(error).rstrip(".") or type(error).__name__
+        if "pickle" in reason:
+            reason = "it is no archive of arrays"
         raise InputError(
             f"'{file}' cannot be read as .npz ({reason}); write it anew with numpy.savez"
         ) from error

@@ -1,0 +1,266 @@
+"""The registry, and what every model promises: counts, starts, dtypes, errors, light imports."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxcls import models, ops
+from flaxcls.errors import InputError
+from flaxcls.models.layers import Layers
+from flaxcls.models.vgg import VGG, VGGClassifier
+
+VGGS = ["vgg11", "vgg13", "vgg16", "vgg16c", "vgg19"]
+SMALLEST = dict.fromkeys(VGGS, 32) | {"lenet": 16, "fashion_net0": 12}
+HEADS = {name: ("classifier", "head") if name in VGGS else ("head",) for name in SMALLEST}
+
+
+def abstract_variables(model, *shape):
+    """The shapes and dtypes of the model's variables; nothing is computed."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(partial(model.init, train=False), key, images)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_every_name_is_listed_and_made():
+    assert models.list_models() == sorted(models.registry)
+    assert models.list_models("vgg*") == VGGS
+    assert models.list_models("resnext*") == []
+    for name in models.list_models():
+        assert abstract_variables(models.create_model(name, 2), 1, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "shape", "options", "params"),
+    [
+        ("vgg11", 3, (256, 256, 3), {}, 160_241_411),
+        ("vgg13", 3, (256, 256, 3), {}, 160_426_307),
+        ("vgg16c", 3, (256, 256, 3), {}, 161_019_971),
+        ("vgg16", 3, (256, 256, 3), {}, 165_738_563),
+        ("vgg19", 3, (256, 256, 3), {}, 171_050_819),
+        ("vgg16", 200, (32, 32, 3), {"pool_size": 7, "dropout": 0.5}, 135_088_392),
+        ("vgg16", 10, (224, 224, 3), {"pool_size": 7, "dropout": 0.5}, 134_309_962),
+        ("lenet", 200, (28, 28, 1), {}, 119_764),
+        ("fashion_net0", 10, (28, 28, 1), {}, 6_617_994),
+    ],
+)
+def test_published_parameter_counts(name, classes, shape, options, params):
+    variables = abstract_variables(models.create_model(name, classes, **options), 1, *shape)
+    assert count(variables["params"]) == params
+
+
+def test_without_batch_norm_there_are_no_statistics():
+    model = models.create_model("vgg11", 3, batch_norm=False)
+    variables = abstract_variables(model, 1, 32, 32, 3)
+    assert list(variables) == ["params"]
+    assert not [name for name in variables["params"]["trunk"] if name.startswith("norm")]
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_last_layer_is_the_head(name):
+    params = abstract_variables(models.create_model(name, 7), 1, 32, 32, 3)["params"]
+    for part in HEADS[name]:
+        params = params[part]
+    assert params["kernel"].shape[-1] == params["bias"].shape[0] == 7
+
+
+def layers_of(tree, path=()):
+    """Every (kernel, bias) below a tree of parameters."""
+    if "kernel" in tree:
+        yield path, tree["kernel"], tree["bias"]
+    else:
+        for name, child in tree.items():
+            if isinstance(child, dict):
+                yield from layers_of(child, (*path, name))
+
+
+def start(name, **options):
+    size, channels = (32, 3) if name in VGGS else (28, 1)
+    model = models.create_model(name, 10, **options)
+    images = jnp.zeros((1, size, size, channels))
+    # In a third of the time that it takes to compile with the default keys and options.
+    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
+    return init(jax.random.key(0, impl="rbg"), images)["params"]
+
+
+def assert_fills(values, bound):
+    """Uniform draws: none beyond the bound, the largest near it, their spread bound / sqrt(3)."""
+    values = np.asarray(values)
+    assert np.abs(values).max() <= bound * (1 + 1e-6)
+    if values.size > 1000:
+        assert np.abs(values).max() > 0.99 * bound
+        assert values.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(("init", "gain"), [("pytorch", 1.0), ("kaiming_uniform", 6**0.5)])
+def test_uniform_starts_keep_their_bounds(init, gain):
+    for _, kernel, bias in layers_of(start("fashion_net0", init=init)):
+        fan_in = np.prod(kernel.shape[:-1])
+        assert_fills(kernel, gain / fan_in**0.5)
+        assert_fills(bias, 1 / fan_in**0.5)
+        assert np.abs(bias).max() > 0.5 / fan_in**0.5
+
+
+def test_torchvision_start_of_vgg():
+    """Convolutions normal by fan-out, denses normal 0.01, biases 0: torchvision/models/vgg.py."""
+    for path, kernel, bias in layers_of(start("vgg11", init="torchvision", head_width=128)):
+        kernel = np.asarray(kernel)
+        fan_out = kernel.shape[-1] * np.prod(kernel.shape[:-2])
+        std = 0.01 if path[0] == "classifier" else (2 / fan_out) ** 0.5
+        assert kernel.std() == pytest.approx(std, rel=0.06)
+        # A truncated normal would end at 2.3 of its standard deviations.
+        assert kernel.size < 1e5 or np.abs(kernel).max() > 3.5 * std
+        assert not np.any(bias)
+
+
+def test_flax_start_is_flax_linens():
+    for _, kernel, bias in layers_of(start("lenet", init="flax")):
+        fan_in = np.prod(kernel.shape[:-1])
+        assert np.std(kernel) == pytest.approx(fan_in**-0.5, rel=0.1)
+        assert not np.any(bias)
+
+
+@pytest.mark.parametrize(
+    ("name", "init"), [("lenet", "pytorch"), ("fashion_net0", "pytorch"), ("vgg11", "torchvision")]
+)
+def test_models_start_as_published_by_default(name, init):
+    assert models.create_model(name, 2) == models.create_model(name, 2, init=init)
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "hidden", "stored"),
+    [
+        ({}, "float32", "float32", "float32"),
+        ({"dtype": "bfloat16"}, "float32", "bfloat16", "float32"),
+        ({"dtype": "bfloat16", "param_dtype": "bfloat16"}, "float32", "bfloat16", "bfloat16"),
+        ({"param_dtype": "float64"}, "float32", "float64", "float64"),
+        ({"dtype": jnp.float64, "param_dtype": jnp.float64}, "float64", "float64", "float64"),
+    ],
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_dtypes_of_layers_parameters_statistics_and_logits(options, images, hidden, stored, train):
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", "float64" in (hidden, images))
+    try:
+        model = models.create_model("vgg11", 4, head_width=8, **options)
+        image = jax.ShapeDtypeStruct((2, 32, 32, 3), images)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        variables = jax.eval_shape(partial(model.init, train=False), key, image)
+        logits, moved = jax.eval_shape(
+            partial(
+                model.apply,
+                train=train,
+                mutable=["batch_stats", "intermediates"],
+                capture_intermediates=True,
+            ),
+            variables,
+            image,
+        )
+    finally:
+        jax.config.update("jax_enable_x64", before)
+    at_least_float32 = jnp.promote_types(hidden, jnp.float32)
+    assert logits.dtype == at_least_float32
+    trunk = moved["intermediates"]["trunk"]
+    assert trunk["conv5_2"]["__call__"][0].dtype == hidden
+    assert trunk["norm5_2"]["__call__"][0].dtype == hidden
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {stored}
+    statistics = [*jax.tree.leaves(variables["batch_stats"])]
+    statistics += jax.tree.leaves(moved["batch_stats"])
+    at_least_float32 = jnp.promote_types(stored, jnp.float32)
+    assert {leaf.dtype for leaf in statistics} == {at_least_float32}
+
+
+def test_backends_share_variables_and_agree():
+    """Logits and statistics of training, on maps from 32x32 down to 2x2."""
+    model = VGG(4, convs=(1, 1, 1, 1, 1), head_width=16, initialisation="flax")
+    images = jax.random.normal(jax.random.key(1), (16, 32, 32, 3))
+    variables = jax.jit(model.init)(jax.random.key(0, impl="rbg"), images)
+
+    def run(backend):
+        with ops.use_backend(backend):
+            # A new function each time: jit would keep the backend it was traced with.
+            apply = partial(model.apply, train=True, mutable=["batch_stats"])
+            step = jax.jit(lambda *args: apply(*args), compiler_options=ops.compiler_options())
+            return step(variables, images)
+
+    ours, theirs = run("xla"), run("flax")
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.abs(a - b).max() < 1e-4 * np.abs(b).max()
+
+
+def test_dropout_acts_in_training_only():
+    layers = Layers("flax", dtype=None, param_dtype=jnp.float32)
+    classifier = VGGClassifier(4, head_width=64, dropout=0.5, layers=layers)
+    features = jax.random.normal(jax.random.key(1), (2, 512))
+    variables = classifier.init(jax.random.key(0, impl="rbg"), features, train=False)
+
+    def logits(key, train):
+        rngs = {"dropout": jax.random.key(key)}
+        return classifier.apply(variables, features, train=train, rngs=rngs)
+
+    assert np.any(logits(0, train=True) != logits(1, train=True))
+    np.testing.assert_array_equal(logits(0, train=True), logits(0, train=True))
+    np.testing.assert_array_equal(logits(0, train=False), logits(1, train=False))
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_smallest_image_works_and_one_pixel_less_is_refused(name):
+    size = SMALLEST[name]
+    model = models.create_model(name, 3)
+    abstract_variables(model, 1, size, size, 1)
+    with pytest.raises(InputError, match=f"{size - 1}x{size + 9} pixels.*{size}x{size}"):
+        abstract_variables(model, 1, size - 1, size + 9, 1)
+
+
+def test_a_single_image_without_a_batch_is_refused():
+    with pytest.raises(InputError, match=r"shape \(28, 28, 1\); give them as \(N, H, W, C\)"):
+        abstract_variables(models.create_model("lenet", 3), 28, 28, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "options", "message"),
+    [
+        ("vg13", 3, {}, "model.name: no model 'vg13'; did you mean 'vgg13'?"),
+        ("", 3, {}, "model.name: no model ''"),
+        ("vgg13", 3, {"dropuot": 0.1}, "model.dropuot: vgg13 has no such option; it takes"),
+        ("lenet", 3, {"dropout": 0.1}, "model.dropout: lenet has no such option; it takes init"),
+        ("vgg13", 3, {"convs": (1, 1, 1, 1, 1)}, "model.convs: vgg13 has no such option"),
+        ("vgg13", 0, {}, "model.num_classes: 0 is not possible; give a whole number"),
+        ("vgg13", 2.5, {}, "model.num_classes: 2.5 is not possible"),
+        ("vgg13", 3, {"dropout": 1.0}, "model.dropout: 1.0 is not possible"),
+        ("vgg13", 3, {"dropout": -0.1}, "model.dropout: -0.1 is not possible"),
+        ("vgg13", 3, {"dropout": float("nan")}, "model.dropout: nan is not possible"),
+        ("vgg13", 3, {"head_width": 0}, "model.head_width: 0 is not possible"),
+        ("vgg13", 3, {"pool_size": 0}, "model.pool_size: 0 is not possible; give None or"),
+        ("vgg13", 3, {"batch_norm": "no"}, "model.batch_norm: 'no' is not possible; give True"),
+        ("vgg13", 3, {"init": "xavier"}, "give one of flax, pytorch, kaiming_uniform, torchvision"),
+        ("vgg13", 3, {"dtype": "float31"}, "model.dtype: 'float31' is no floating dtype"),
+        ("vgg13", 3, {"dtype": "int32"}, "model.dtype: 'int32' is no floating dtype"),
+        ("vgg13", 3, {"param_dtype": None}, "model.param_dtype: None is no floating dtype"),
+        ("vgg13", 3, {"dtype": "float64"}, "model.dtype: float64 needs jax_enable_x64"),
+    ],
+)
+def test_bad_options_are_refused_by_name(name, classes, options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        models.create_model(name, classes, **options)
+
+
+def test_importing_models_is_light():
+    heavy = "grain orbax tensorflow tensorflow_datasets cv2 matplotlib ml_collections torch clu"
+    code = f"import sys, flaxcls.models; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert result.stdout.strip() == "[]"
