@@ -8,6 +8,7 @@ the data. The position in the data is the state's step (see `data/loader.py`).
 import contextlib
 import dataclasses
 import gc
+import inspect
 import logging
 import os
 import sys
@@ -60,7 +61,7 @@ class Checkpoints:
         # Orbax logs each file it touches.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._best_step: int | None = None
-        self._read_only = read_only
+        self._damaged: tuple[int, ...] = ()
         self.directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -95,10 +96,13 @@ class Checkpoints:
         Raises:
           InputError: this or the previous checkpoint could not be written.
         """
-        if step in self._manager.all_steps():
-            return
-        self._best_step = best_step
         with _writing(self.directory):
+            for damaged in self._damaged:  # only now that there is something better
+                self._manager.delete(damaged)
+            self._damaged = ()
+            if step in self._manager.all_steps():
+                return
+            self._best_step = best_step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -116,7 +120,7 @@ class Checkpoints:
     def restore_latest(self, state: Any, metrics: Any) -> Restored | None:
         """Reads the newest checkpoint that can be read, or returns None where there is none.
 
-        Later ones, which are damaged, are removed: those steps will be taken again.
+        Later ones, which are damaged, make room for the next one that is saved.
 
         Args:
           state: the abstract state: shapes, dtypes and shardings to restore to.
@@ -132,10 +136,8 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 damaged[step] = error
                 continue
-            for later in damaged:
-                if not self._read_only:
-                    self._manager.delete(later)
-            return dataclasses.replace(restored, damaged=tuple(damaged))
+            self._damaged = tuple(damaged)
+            return dataclasses.replace(restored, damaged=self._damaged)
         if damaged:
             raise next(iter(damaged.values()))
         return None
@@ -168,9 +170,7 @@ class Checkpoints:
                 return read()
             except Exception as error:
                 reason = _first_line(error)
-            # The first file that fails leaves the reads of others behind: their last words.
-            gc.collect()
-            time.sleep(0.5)
+            _await_abandoned_reads()
         raise DamagedCheckpoint(
             f"{self.directory / str(step)}: the checkpoint is damaged ({reason}); restore this "
             "folder from a copy, or remove it to do without"
@@ -245,6 +245,19 @@ def _key(entry: Any) -> str:
     return str(entry)
 
 
+def _await_abandoned_reads() -> None:
+    """Waits until the reads are over that Orbax left behind when one failed; each prints its end.
+
+    They are coroutines of a loop that is closed, and end with what TensorStore was doing for them.
+    """
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        gc.collect()
+        if not any(inspect.iscoroutine(one) for one in gc.get_objects()):
+            return
+        time.sleep(0.05)
+
+
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Keeps what libraries print on standard error, from any thread, from being seen."""
@@ -274,6 +287,8 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
-    return first.partition(" [")[0][:200]
+    return first.partition(" [")[0][:150]

@@ -221,6 +221,8 @@ class Loop:
                 )
             self.state, self.metrics = restored.state, restored.metrics
             self.step, self.history = restored.step, restored.log["history"]
+            for damaged in restored.damaged:
+                self.progress.note(f"the checkpoint of step {damaged} is damaged and left out")
             self.progress.note(f"resumed: step {self.step}, from {self.files.folder}")
         self.files.begin(self.experiment, self.history)
 
@@ -299,7 +301,8 @@ class Loop:
         if self._reported is not None and self._reported.learning_rate.is_ready():
             host = fetch(self._reported)
             self._reported = None
-            self._check_finite(int(host.metrics.first_bad_step))
+            if jax.process_count() == 1:  # several would stop at different steps
+                self._check_finite(host.metrics.first_bad_step)
             loss, accuracy = metrics.running(host.metrics)
             self.progress.update(step, loss=loss, accuracy=accuracy)
         elif now >= self._report_due:
@@ -317,7 +320,9 @@ class Loop:
         if self.step == epoch * order.steps_per_epoch:
             return  # the epoch's end saves after validation
         if stopping or (every and any(step % every == 0 for step in just_taken)):
-            self._check_finite(int(fetch(totals.metrics.first_bad_step)))
+            self._check_finite(
+                *fetch((totals.metrics.first_bad_step, self._all_finite(self.state)))
+            )
             self._save()
         if stopping:
             self._leave()
@@ -328,9 +333,7 @@ class Loop:
         seconds = time.monotonic() - clock.began
         self._in_flight.clear()
         self._reported = None
-        self._check_finite(int(host.first_bad_step))
-        if not finite:
-            raise self._diverged(f"the parameters are not finite after step {self.step}")
+        self._check_finite(host.first_bad_step, finite)
         self.metrics = self._empty_metrics()
         images = (self.step - clock.first_step) * self.experiment.order.batch_size
         return {
@@ -413,9 +416,12 @@ class Loop:
             self.stop.signal_number,
         )
 
-    def _check_finite(self, first_bad_step: int) -> None:
+    def _check_finite(self, first_bad_step: int, finite_state: bool = True) -> None:
+        """Stops the run where a loss, or a parameter after the last step, is not finite."""
         if first_bad_step >= 0:
             raise self._diverged(f"the loss is not finite at step {first_bad_step + 1}")
+        if not finite_state:
+            raise self._diverged(f"the parameters are not finite after step {self.step}")
 
     def _diverged(self, what: str) -> InputError:
         self.checkpoints.wait()

@@ -120,7 +120,7 @@ class Command:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def await_(self, condition: Callable[[], bool], timeout: float = 300) -> bool:
+    def until(self, condition: Callable[[], bool], timeout: float = 300) -> bool:
         """Waits until `condition` holds and returns True, or False where the process has ended."""
         deadline = time.monotonic() + timeout
         while self.process.poll() is None:

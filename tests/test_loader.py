@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import shared_memory
 
 import jax
 import numpy as np
@@ -152,7 +153,9 @@ def test_crop_boxes_travel_where_the_device_crops(arrays, files):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_change_nothing(workers, files):
+def test_worker_processes_change_nothing(workers, files, monkeypatch):
+    # Nor do they use shared memory, which Grain may close twice, the second time another's file.
+    monkeypatch.delattr(shared_memory.SharedMemory, "__init__")
     assert_same(
         read_training(make_feed(files, "files", workers=workers), CROPS),
         read_training(make_feed(files, "files"), CROPS),

@@ -2,18 +2,19 @@
 
 import random
 import shlex
+import shutil
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from small_runs import Workplace, history, saved_steps, state, summary
 
-from small_runs import Workplace, history, saved_steps, state, summary, weights
-
-AUGMENTATION = (
+EVERYTHING = (
     "--config.augment.horizontal_flip=0.5",
     "--config.augment.crop_padding=1",
     "--config.augment.erasing=0.5",
@@ -23,7 +24,7 @@ AUGMENTATION = (
 )
 
 RUNS = {
-    # A scan over steps, and a learning rate that depends on the metric history.
+    # Several steps a call, and a learning rate that depends on the metric history.
     "device": (
         "--config=small.py",
         "--config.data.placement=device",
@@ -31,9 +32,9 @@ RUNS = {
         "--config.schedule.name=plateau",
         "--config.schedule.patience=0",
         "--config.schedule.factor=0.5",
-        *AUGMENTATION,
+        *EVERYTHING,
     ),
-    # Micro-batches, another optimizer, and no spare checkpoint.
+    # Micro-batches, moments in the optimizer, and no checkpoint to spare.
     "host": (
         "--config=small.py",
         "--config.data.placement=host",
@@ -41,81 +42,130 @@ RUNS = {
         "--config.optimizer.learning_rate=0.003",
         "--config.optimizer.accumulate=2",
         "--config.checkpoint.keep=1",
-        *AUGMENTATION,
+        *EVERYTHING,
     ),
-    # Crops that are cut while files are decoded, and early stopping.
+    # Crops that are cut while files are decoded, and a run that stops early.
     "files": (
         "--config=small.py:image_folder",
         "--config.data.path=photos",
         "--config.data.placement=files",
+        "--config.data.max_per_class=0",
         "--config.augment.random_resized_crop=True",
-        "--config.train.patience=5",
-        *AUGMENTATION,
+        "--config.train.epochs=20",
+        "--config.train.patience=3",
+        *EVERYTHING,
     ),
 }
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Workplace:
-    folder = tmp_path_factory.mktemp("resume")
+def place(tmp_path_factory) -> Workplace:
+    """A workplace with a folder of photos of three kinds and many sizes."""
+    place = Workplace(tmp_path_factory.mktemp("resume"))
     rng = np.random.default_rng(0)
-    for number, name in enumerate(("dark", "grey", "light")):
-        (folder / "photos" / name).mkdir(parents=True)
+    for level, name in enumerate(("dark", "grey", "light")):
+        folder = place.folder / "photos" / name
+        folder.mkdir(parents=True)
         for i in range(32):
-            shape = (*rng.integers(9, 24, 2), 3)
-            pixels = np.clip(rng.normal(60 + 60 * number, 50, shape), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / "photos" / name / f"{i}.png")
-    return Workplace(folder)
+            size = (*rng.integers(9, 24, 2), 3)
+            pixels = rng.normal(60 + 60 * level, 50, size).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return place
 
 
-def kill_five_times_and_finish(place: Workplace, name: str, last_step: int) -> int:
+@pytest.fixture(scope="module")
+def background(place):
+    """The runs that were left alone, and the killed ones, all going on at the same time."""
+    with ThreadPoolExecutor(3) as pool:
+        whole = {name: pool.submit(run_to_the_end, place, name) for name in RUNS}
+        killed = {name: pool.submit(kill_five_times, place, name, whole[name]) for name in RUNS}
+        yield {"whole": whole, "killed": killed}
+
+
+def run_to_the_end(place: Workplace, name: str) -> Path:
+    place.start(f"{name}.log", *RUNS[name], f"--workdir={name}").succeed()
+    return place.folder / name
+
+
+def kill_five_times(place: Workplace, name: str, whole: Future) -> tuple[Path, list[Any]]:
+    """Kills a run while it begins, three times while it trains and while it writes its results.
+
+    Returns:
+      The run's folder after it has come to its end, and the moments at which it was killed.
+    """
     run, rng = place.folder / f"{name}-killed", random.Random(name)
-    *middle, = sorted(rng.sample(range(1, last_step * 3 // 4), 3))
-    kills = 0
-    for attempt, moment in enumerate(["begin", *middle, "finish"]):
-        command = place.start(f"{name}-{attempt}.log", *RUNS[name], f"--workdir={run.name}")
+    last = saved_steps(whole.result())[-1]
+    moments = ["beginning", *sorted(rng.sample(range(1, last * 3 // 4), 3)), "results"]
+    killed = []
+    for number, moment in enumerate(moments):
+        command = place.start(f"{name}-{number}.log", *RUNS[name], f"--workdir={run.name}")
 
-        def reached() -> bool:
-            if moment == "begin":
+        def reached(moment=moment, command=command) -> bool:
+            if moment == "beginning":
                 return (run / "config.json").exists()
-            if moment == "finish":
+            if moment == "results":
                 return (run / "predictions" / "val.npz").exists()
             return "compiled" in command.output and max(saved_steps(run), default=0) >= moment
 
-        command.await_(reached)
-        delay = rng.uniform(0, 0.02 if moment == "finish" else 0.15)
-        time.sleep(delay)
-        before = saved_steps(run)
+        command.until(reached)
+        # A checkpoint takes some 50 ms: this falls into steps, validation and all parts of saving.
+        time.sleep(rng.uniform(0, 0.02 if moment == "results" else 0.15))
         command.process.kill()
-        code = command.finish()
-        kills += code == -signal.SIGKILL
-        print(name, moment, delay, code, before, sorted(p.name for p in (run/"checkpoints").glob("*")), sorted(p.name for p in run.glob("*")))
-    t = time.monotonic()
+        if command.finish() == -signal.SIGKILL:
+            killed.append(moment)
     place.start(f"{name}-end.log", *RUNS[name], f"--workdir={run.name}").succeed()
-    print(name, "end", time.monotonic()-t)
-    return kills
+    return run, killed
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    """Every array of the last checkpoint, every metric and every result is the same to the bit."""
+    ended, expected = state(run), state(whole)
+    assert ended.keys() == expected.keys()
+    for path, array in expected.items():
+        assert ended[path].dtype == array.dtype, path
+        np.testing.assert_array_equal(ended[path], array, err_msg=path)
+    assert history(run) == history(whole)
+    assert summary(run) == summary(whole)
+    for file in ("weights.safetensors", "predictions/val.npz", "predictions/test.csv"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_interrupted_saves_and_the_printed_command_resumes(place, background):
+    """SIGTERM, then Ctrl-C, then the newest checkpoint is damaged and half of another is there."""
+    run = place.folder / "interrupted"
+    command = place.start("sigterm.log", *RUNS["device"], f"--workdir={run.name}")
+    steps = []
+    for number, exit_code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        done = max(saved_steps(run), default=0)
+
+        def further(done=done) -> bool:
+            return max(saved_steps(run), default=0) > done
+
+        assert command.until(further), command.output
+        command.process.send_signal(number)
+        assert command.finish() == exit_code, command.output
+        said = command.output.splitlines()[-1]
+        assert said.startswith(f"flaxcls: stopped by {number.name} and saved at step ")
+        steps.append(saved_steps(run)[-1])
+        assert f"saved at step {steps[-1]}; " in said
+        resume = shlex.split(said.partition("to resume: ")[2])
+        command = place.start(f"after-{number.name}.log", *resume[3:])
+        assert resume[1:3] == ["-m", "flaxcls.main"]
+    assert steps[0] < steps[1]
+    command.process.kill()
+    command.finish()
+
+    newest = run / "checkpoints" / str(saved_steps(run)[-1])
+    shutil.copytree(newest, newest.with_name("99.orbax-checkpoint-tmp"))
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    output = place.start("end.log", *resume[3:]).succeed()
+    assert f"resumed: step {saved_steps(run)[-1]}" not in output
+    assert_same_end(run, background["whole"]["device"].result())
+
 
 @pytest.mark.parametrize("name", RUNS)
-def test_resume_after_five_kills_is_bitwise_equal(workplace, name):
-    t = time.monotonic()
-    place=workplace
-    place.start(f"{name}.log", *RUNS[name], f"--workdir={name}").succeed()
-    print("ref", time.monotonic()-t)
-    whole = place.folder / name
-    last = saved_steps(whole)[-1]
-    print((place.folder/f"{name}.log").read_text(), last)
-    t = time.monotonic()
-    kills = kill_five_times_and_finish(place, name, last)
-    print("killed", time.monotonic()-t)
-    again = place.folder / f"{name}-killed"
-    assert kills == 5
-    assert history(again) == history(whole)
-    assert summary(again) == summary(whole)
-    a, b = state(again), state(whole)
-    assert a.keys() == b.keys()
-    for k in a:
-        assert a[k].dtype == b[k].dtype
-        np.testing.assert_array_equal(a[k], b[k], err_msg=k)
-    a, b = weights(again), weights(whole)
-    for k in a:
-        np.testing.assert_array_equal(a[k], b[k], err_msg=k)
+def test_killed_five_times_ends_bitwise_equal(name, background):
+    run, killed = background["killed"][name].result()
+    assert len(killed) == 5, f"some ended before they were killed: {killed}"
+    assert_same_end(run, background["whole"][name].result())

@@ -36,7 +36,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
         )
     experiment = for_evaluation(config, read_description(workdir))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        step, variables = restore_variables(experiment, checkpoints)
+        step, variables, more = restore_variables(experiment, checkpoints)
     (key, feed), *_ = experiment.data.feeds.items()
     result = Evaluator(experiment)(variables, key, keep_logits=True)
     name = predictions_name(experiment)
@@ -45,7 +45,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
         write_predictions(folder, name, feed.split, result.logits, classes)
         runlog.write_json(folder / f"{name}.json", {"step": step, **result.record})
         console = make_console()
-        for note in (*notes, *experiment.data.notes):
+        for note in (*notes, *experiment.data.notes, *more):
             show(console, note)
         show(console, metrics_table({name: scalars(result.record)}))
         show(
@@ -56,8 +56,10 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
     return result.record
 
 
-def restore_variables(experiment: Experiment, checkpoints: Checkpoints) -> tuple[int, Any]:
-    """Returns the step and the variables of the checkpoint of `eval.step`, or of the best."""
+def restore_variables(
+    experiment: Experiment, checkpoints: Checkpoints
+) -> tuple[int, Any, list[str]]:
+    """Returns step and variables of the checkpoint of `eval.step`, or of the best, and notes."""
     state, epoch = experiment.abstract_state(), experiment.abstract_metrics()
     step = experiment.config.eval.step
     if not step:
@@ -66,12 +68,17 @@ def restore_variables(experiment: Experiment, checkpoints: Checkpoints) -> tuple
             raise InputError(
                 f"{checkpoints.directory}: no complete checkpoint; train the run first"
             )
+        notes = [
+            f"the checkpoint of step {damaged} is damaged: this is the best of those before it"
+            for damaged in latest.damaged
+        ]
         best = best_record(latest.log["history"], latest.log["best_by"])
         if best is None or best["step"] == latest.step:
-            return latest.step, latest.state.variables()
+            return latest.step, latest.state.variables(), notes
         step = best["step"]
         del latest  # two states may not fit
-    return step, checkpoints.restore(step, state, epoch).state.variables()
+        return step, checkpoints.restore(step, state, epoch).state.variables(), notes
+    return step, checkpoints.restore(step, state, epoch).state.variables(), []
 
 
 def predictions_name(experiment: Experiment) -> str:
