@@ -77,9 +77,10 @@ def run(experiment: Experiment, path: str | None, seed: int, workdir: Path) -> d
         *(f"--workdir={workdir}", f"--config.seed={seed}"),
         *([f"--config.data.path={path}"] if path else []),
     ]
+    resumed = workdir.exists()
     began = time.monotonic()
     subprocess.run(command, check=True)
-    wall = time.monotonic() - began
+    wall = None if resumed else time.monotonic() - began
     summary = json.loads((workdir / "summary.json").read_text())
     history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     if experiment.last_epoch:
@@ -135,7 +136,7 @@ def table(name: str, result: dict[str, Any]) -> str:
         *(
             f"| {r['seed']} | {100 * r['accuracy']:.2f} % | {r['epoch']} of {r['epochs']} "
             f"| {r['images_per_second']:.0f} | {r['train_seconds']:.0f} s | "
-            f"{r['wall_seconds']:.0f} s |"
+            + (f"{r['wall_seconds']:.0f} s |" if r["wall_seconds"] else "resumed |")
             for r in runs
         ),
         "",

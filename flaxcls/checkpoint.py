@@ -7,12 +7,15 @@ the data. The position in the data is the state's step (see `data/loader.py`).
 
 import contextlib
 import dataclasses
-import gc
+import errno
+import functools
 import inspect
 import logging
 import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,8 +61,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 2, *, read_only: bool = False):
-        # Orbax logs each file it touches.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        _hush_orbax()
         self._best_step: int | None = None
         self._damaged: tuple[int, ...] = ()
         self.directory = directory.absolute()
@@ -97,9 +99,7 @@ class Checkpoints:
           InputError: this or the previous checkpoint could not be written.
         """
         with _writing(self.directory):
-            for damaged in self._damaged:  # only now that there is something better
-                self._manager.delete(damaged)
-            self._damaged = ()
+            self._set_damaged_aside()
             if step in self._manager.all_steps():
                 return
             self._best_step = best_step
@@ -112,6 +112,16 @@ class Checkpoints:
                 ),
             )
 
+    def _set_damaged_aside(self) -> None:
+        """Makes room for steps taken again; what could not be read is moved, not removed."""
+        for step in self._damaged:
+            aside = self.directory.parent / "damaged_checkpoints"
+            aside.mkdir(exist_ok=True)
+            (self.directory / str(step)).replace(aside / f"{step}-{time.time_ns()}")
+        if self._damaged:
+            self._damaged = ()
+            self._manager.reload()
+
     def wait(self) -> None:
         """Waits until what was saved is on disk."""
         with _writing(self.directory):
@@ -120,7 +130,8 @@ class Checkpoints:
     def restore_latest(self, state: Any, metrics: Any) -> Restored | None:
         """Reads the newest checkpoint that can be read, or returns None where there is none.
 
-        Later ones, which are damaged, make room for the next one that is saved.
+        Later ones, which are damaged, are set aside when the next one is saved. Of several
+        processes none goes back alone: there a damaged checkpoint is an error.
 
         Args:
           state: the abstract state: shapes, dtypes and shardings to restore to.
@@ -134,6 +145,8 @@ class Checkpoints:
             try:
                 restored = self.restore(step, state, metrics)
             except DamagedCheckpoint as error:
+                if jax.process_count() > 1:
+                    raise
                 damaged[step] = error
                 continue
             self._damaged = tuple(damaged)
@@ -165,16 +178,18 @@ class Checkpoints:
 
     def _read(self, step: int, read: Callable[[], T]) -> T:
         """Reads a part of a checkpoint, or raises DamagedCheckpoint for whatever goes wrong."""
-        with _silent():
-            try:
-                return read()
-            except Exception as error:
-                reason = _first_line(error)
-            _await_abandoned_reads()
-        raise DamagedCheckpoint(
-            f"{self.directory / str(step)}: the checkpoint is damaged ({reason}); restore this "
-            "folder from a copy, or remove it to do without"
-        )
+        try:
+            return read()
+        except Exception as error:
+            if isinstance(error, PermissionError | MemoryError) or "EXHAUSTED" in str(error):
+                raise InputError(
+                    f"{self.directory / str(step)}: the checkpoint cannot be read now "
+                    f"({_reason(error)}); remove the cause and run the same command again"
+                ) from error
+            raise DamagedCheckpoint(
+                f"{self.directory / str(step)}: the checkpoint is damaged ({_reason(error)}); "
+                "restore this folder from a copy, or remove it to do without"
+            ) from error
 
     def _check_shapes(self, step: int, state: Any) -> None:
         """Names the first array whose shape is another than the model's, parameters first."""
@@ -245,31 +260,23 @@ def _key(entry: Any) -> str:
     return str(entry)
 
 
-def _await_abandoned_reads() -> None:
-    """Waits until the reads are over that Orbax left behind when one failed; each prints its end.
+def _hush_orbax() -> None:
+    """Leaves it to exceptions to say what went wrong.
 
-    They are coroutines of a loop that is closed, and end with what TensorStore was doing for them.
+    Orbax logs each file it touches, and when it fails to read or write one of many arrays, it
+    leaves the others behind: coroutines of a loop that is closed, each of which says so.
     """
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        gc.collect()
-        if not any(inspect.iscoroutine(one) for one in gc.get_objects()):
-            return
-        time.sleep(0.05)
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    if getattr(sys.unraisablehook, "func", None) is not _show_all_but_abandoned:
+        sys.unraisablehook = functools.partial(_show_all_but_abandoned, sys.unraisablehook)
 
 
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keeps what libraries print on standard error, from any thread, from being seen."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+def _show_all_but_abandoned(show: Callable[[Any], object], unraisable: Any) -> None:
+    closed_loop = "Event loop is closed" in str(unraisable.exc_value)
+    if not closed_loop and not inspect.iscoroutine(unraisable.object):
+        show(unraisable)
 
 
 @contextlib.contextmanager
@@ -280,15 +287,20 @@ def _writing(directory: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(
-            f"{directory}: the checkpoint could not be written ({_first_line(error)}); free some "
+            f"{directory}: the checkpoint could not be written ({_reason(error)}); free some "
             "space or give another --workdir, then run the same command to resume from the last "
             "complete one"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """Says in short why Orbax or TensorStore failed; they name each file and each option."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
-    return first.partition(" [")[0][:150]
+    return re.split(r" \[| in OCDBT database", first)[0][:150]

@@ -6,6 +6,7 @@ from the data; `resolve` fills them in, and reports those that were set but have
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -68,7 +69,7 @@ def default() -> ConfigDict:
     c.augment.rotation = 0.0  # degrees, at most
     c.augment.translation = 0.0  # share of the image, at most
     c.augment.erasing = 0.0  # probability of random erasing, after normalisation
-    c.augment.erasing_area = (0.02, 1 / 3)
+    c.augment.erasing_area = (0.02, 0.33)
     c.augment.erasing_ratio = (0.3, 3.3)
     c.augment.erasing_value = 0.0
     c.augment.mixup = 0.0  # alpha of the beta distribution; 0: off
@@ -421,6 +422,7 @@ def check_key(path: str) -> None:
     raise InputError(f"{path} is not a key of the config; {remedy}")
 
 
+@functools.cache
 def key_types() -> dict[str, type]:
     """Returns the type of each key's value by the key's dotted path."""
     return dict(_key_types(default(), ""))
@@ -612,10 +614,12 @@ def _explain(error: Exception) -> str:
     return f"{name!r} is not a key of the config; {did_you_mean(name, keys)}"
 
 
-def differences(stored: ConfigDict, given: ConfigDict) -> list[str]:
-    """Returns one line for each key that differs and may not, on resuming a run."""
+def differences(
+    stored: ConfigDict, given: ConfigDict, also_free: tuple[str, ...] = ()
+) -> list[str]:
+    """Returns one line for each key that differs and may not, on resuming or evaluating a run."""
     old, new = flatten(stored), flatten(given)
-    may_change = list(MAY_CHANGE)
+    may_change = [*MAY_CHANGE, *also_free]
     if given.schedule.name in LENGTH_FREE_SCHEDULES:
         may_change.append("train.epochs")
     return [

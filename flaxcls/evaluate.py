@@ -57,17 +57,18 @@ class Evaluator:
           keep_logits: bring the logits to the host too.
           on_step: called with the number of batches done, for a progress bar.
         """
-        config, feed = self._experiment.config, self._experiment.data.feeds[split]
-        batch_size = config.eval.batch_size or config.train.batch_size
+        feed = self._experiment.data.feeds[split]
         state = self._empty()
         outputs = []
-        with feed.evaluate(batch_size) as batches:
+        with feed.evaluate(self._experiment.eval_batch_size) as batches:
             for step, (_, batch) in enumerate(batches, start=1):
                 state, logits = self._step(variables, state, batch, feed.resident)
                 outputs.append(logits)
-                if not keep_logits and len(outputs) > 2:
+                if len(outputs) > 2:
                     # Not further ahead of the device than it takes to keep it busy.
-                    outputs.pop(0).block_until_ready()
+                    outputs[-3].block_until_ready()
+                    if not keep_logits:
+                        del outputs[0]
                 on_step(step)
         host = fetch(state)
         logits = None

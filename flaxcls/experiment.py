@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -64,7 +66,8 @@ class Experiment:
       mesh: the devices.
       recipe: what a step does.
       order: the examples of each training step.
-      own_data: whether the data are those that the run was trained on.
+      evaluated: in evaluation, the name of what is evaluated: a split, or DATASET-SPLIT of other
+        data than the run's.
     """
 
     config: ConfigDict
@@ -72,7 +75,7 @@ class Experiment:
     mesh: Mesh
     recipe: Recipe
     order: loader.TrainOrder
-    own_data: bool = True
+    evaluated: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -82,6 +85,12 @@ class Experiment:
     def image_shape(self) -> tuple[int, int, int]:
         p = self.recipe.preprocess
         return (p.size, p.size, p.channels)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Batch of evaluation, rounded up to what the devices can share: padding does not count."""
+        size = self.config.eval.batch_size or self.config.train.batch_size
+        return -(-size // self.mesh.size) * self.mesh.size
 
     @property
     def best_by(self) -> str:
@@ -119,8 +128,13 @@ class Experiment:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
-def for_training(config: ConfigDict) -> Experiment:
+def for_training(config: ConfigDict, earlier: dict[str, Any] | None = None) -> Experiment:
     """Builds what a resolved config names, checking all of it before anything is compiled.
+
+    Args:
+      config: resolved.
+      earlier: the `preprocess.json` of the run when it is resumed: its normalisation stays, and so
+        does a placement that was chosen automatically, which another moment's memory would change.
 
     Raises:
       InputError: something in the config or the data does not fit.
@@ -136,13 +150,20 @@ def for_training(config: ConfigDict) -> Experiment:
         int(counts.sum()), config.train.batch_size, epochs=config.train.epochs, seed=config.seed
     )
     recipe = _create_recipe(config, augmentation, counts, order)  # checked before images are read
-    data = place(config, dataset, mesh, augmentation)
-    mean, std = normalization(config, data.feeds["train"])
+    if earlier is not None and earlier["fingerprint"] != fingerprint(dataset):
+        earlier = None
+    data = place(config, dataset, mesh, augmentation, earlier["placement"] if earlier else None)
+    if earlier is not None:
+        mean, std = tuple(earlier["mean"]), tuple(earlier["std"])
+    else:
+        mean, std = normalization(config, data.feeds["train"])
     preprocess = dataclasses.replace(recipe.preprocess, mean=mean, std=std)
     return _checked(Experiment(config, data, mesh, recipe._replace(preprocess=preprocess), order))
 
 
-def for_evaluation(config: ConfigDict, trained: dict[str, Any]) -> Experiment:
+def for_evaluation(
+    config: ConfigDict, trained: dict[str, Any], *, other_data: bool = False
+) -> Experiment:
     """Builds a finished run again to evaluate it, on its own data or on others.
 
     The run's own data, wherever they lie now, are split as in training. Of any other data set
@@ -151,13 +172,14 @@ def for_evaluation(config: ConfigDict, trained: dict[str, Any]) -> Experiment:
     Args:
       config: the run's, perhaps with another `data.path`.
       trained: the run's `preprocess.json`.
+      other_data: whether `data` names another place than the run's.
 
     Raises:
-      InputError: the data have classes that the model does not know, or cannot be read.
+      InputError: the data have classes that the model does not know, cannot be read, or are the
+        run's but have changed.
     """
     mesh = create_mesh(config.mesh.devices)
-    _check_batch(config, mesh)
-    dataset, own_data = _read_for_evaluation(config, trained)
+    dataset, evaluated = _read_for_evaluation(config, trained, other_data)
     data = place(config, dataset, mesh, Augmentation())
     counts = np.array(trained["class_counts"])
     order = loader.train_order(
@@ -168,7 +190,7 @@ def for_evaluation(config: ConfigDict, trained: dict[str, Any]) -> Experiment:
         recipe.preprocess, mean=tuple(trained["mean"]), std=tuple(trained["std"])
     )
     recipe = recipe._replace(preprocess=preprocess)
-    return _checked(Experiment(config, data, mesh, recipe, order, own_data))
+    return _checked(Experiment(config, data, mesh, recipe, order, evaluated))
 
 
 def untrained_model(config: ConfigDict) -> tuple[nn.Module, tuple[int, int, int, int]]:
@@ -274,8 +296,10 @@ def read_dataset(config: ConfigDict, known_classes: tuple[str, ...] = ()) -> Dat
     )
 
 
-def _read_for_evaluation(config: ConfigDict, trained: dict[str, Any]) -> tuple[Dataset, bool]:
-    """Returns a data set of one split, and whether it is the data of the run."""
+def _read_for_evaluation(
+    config: ConfigDict, trained: dict[str, Any], other_data: bool
+) -> tuple[Dataset, str]:
+    """Returns a data set of one split, and the name of what it is."""
     split = config.eval.split
     try:
         dataset = read_dataset(config)
@@ -284,44 +308,72 @@ def _read_for_evaluation(config: ConfigDict, trained: dict[str, Any]) -> tuple[D
         own = False
     if not own:
         dataset = read_dataset(config, tuple(trained["class_names"]))
+        if not other_data and split != "all":
+            raise InputError(
+                f"{dataset.name} has changed since the run was trained, so that its {split!r} "
+                "split is no longer known; restore the data, or evaluate all of them, training images "
+                "included, with --config.eval.split=all"
+            )
         if split not in dataset.splits and set(dataset.splits) == {"train"}:
-            split = "all"
+            note = f"data: {dataset.name} has no splits, so all of it is evaluated"
+            dataset, split = dataclasses.replace(dataset, notes=(*dataset.notes, note)), "all"
+    name = split if own else f"{Path(dataset.name).name}-{split}"
     if split == "all":
-        return dataclasses.replace(dataset, splits={"test": merged(dataset)}), own
+        return dataclasses.replace(dataset, splits={"test": merged(dataset)}), name
     if split not in dataset.splits:
         raise InputError(
             f"eval.split: {split!r} is not a split of {dataset.name}, which has "
             f"{', '.join(dataset.splits)}; choose one of them, or 'all'"
         )
-    return dataclasses.replace(dataset, splits={split: dataset.splits[split]}), own
+    return dataclasses.replace(dataset, splits={split: dataset.splits[split]}), name
 
 
-def place(config: ConfigDict, dataset: Dataset, mesh: Mesh, augmentation: Augmentation) -> Data:
-    """Chooses where the images live, and puts them there."""
+def place(
+    config: ConfigDict,
+    dataset: Dataset,
+    mesh: Mesh,
+    augmentation: Augmentation,
+    earlier: str | None = None,
+) -> Data:
+    """Chooses where the images live, and puts them there.
+
+    `earlier` is the placement that the run had before, which an automatic choice keeps.
+    """
     d, spec = config.data, image_spec(config)
     stored = dataclasses.replace(
         spec, size=round(spec.size * STORED_MARGIN), resize="squash", crop_fraction=1.0
     )
-    specs = {
-        key: stored if key == "train" and augmentation.random_resized_crop else spec
-        for key in dataset.splits
-    }
+    crops = augmentation.random_resized_crop
+    specs = {key: stored if key == "train" and crops else spec for key in dataset.splits}
+    in_files = any(not isinstance(s.images, np.ndarray) for s in dataset.splits.values())
+    device_bytes, host_bytes = free_memory()
     placement, note = loader.choose_placement(
-        d.placement,
+        earlier or "auto" if d.placement == "auto" else d.placement,
         bytes_needed=sum(_stored_bytes(s, specs[k]) for k, s in dataset.splits.items()),
-        device_bytes=_free_device_bytes(),
-        host_bytes=_free_host_bytes(),
-        in_files=any(not isinstance(s.images, np.ndarray) for s in dataset.splits.values()),
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        in_files=in_files,
+        crops_files=crops and in_files,
         describe=describe_bytes,
     )
+    notes = [*dataset.notes, note]
+    if crops and in_files and placement != "files":
+        notes.append(
+            f"data: random crops are cut from copies of {stored.size} pixels; data.placement=files "
+            "cuts them from the images as they are"
+        )
     feeds = {}
     for key, split in dataset.splits.items():
+        if isinstance(split.images, np.ndarray):
+            _, height, width, _ = split.images.shape
+            aspect = np.full(len(split), width / height, np.float32)
+            split = dataclasses.replace(split, aspect=aspect)
         if placement != "files":
             split = dataclasses.replace(split, images=stored_images(split, specs[key]))
         feeds[key] = loader.create_feed(
             split, mesh, spec, placement=placement, workers=d.workers, prefetch=d.prefetch
         )
-    return Data(dataset, feeds, placement, (*dataset.notes, note), fingerprint(dataset))
+    return Data(dataset, feeds, placement, tuple(notes), fingerprint(dataset))
 
 
 def stored_images(split: Split, spec: ImageSpec) -> np.ndarray:
@@ -337,15 +389,32 @@ def _stored_bytes(split: Split, spec: ImageSpec) -> int:
     return len(split) * spec.size * spec.size * spec.channels
 
 
-def _free_device_bytes() -> int:
+def free_memory() -> tuple[int, int]:
+    """Returns the free bytes of a device and of the host, the least of all processes."""
+    host = _free_host_bytes()
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return _free_host_bytes() // jax.local_device_count()
+        device = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    else:
+        device = host // jax.local_device_count()
+    if jax.process_count() > 1:
+        # In megabytes: JAX's integers have 32 bits. Processes that choose otherwise would hang.
+        megabytes = np.array([device >> 20, host >> 20], np.int32)
+        device, host = (int(m) << 20 for m in process_allgather(megabytes).min(axis=0))
+    return device, host
 
 
 def _free_host_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """What Linux says can be had without swapping, within the container's limit."""
+    if not Path("/proc/meminfo").is_file():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+    free = int(kilobytes) * 1024
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
+    return free
 
 
 def describe_bytes(count: int) -> str:
@@ -378,15 +447,13 @@ def _image_chunks(feed: loader.Feed) -> Any:
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
-    micro = config.train.batch_size // config.optimizer.accumulate
-    eval_size = config.eval.batch_size or config.train.batch_size
-    for key, size in (("train.batch_size", micro), ("eval.batch_size", eval_size)):
-        if size % mesh.size:
-            per = " a micro-batch" if config.optimizer.accumulate > 1 and key[0] == "t" else ""
-            raise InputError(
-                f"{key}: {size}{per} cannot be shared by {mesh.size} devices; "
-                f"set it to a multiple of {mesh.size}"
-            )
+    size = config.train.batch_size // config.optimizer.accumulate
+    if size % mesh.size:
+        micro = " a micro-batch" if config.optimizer.accumulate > 1 else ""
+        raise InputError(
+            f"train.batch_size: {size}{micro} cannot be shared by {mesh.size} devices; "
+            f"set it to a multiple of {mesh.size * config.optimizer.accumulate}"
+        )
 
 
 def _check_monitors(config: ConfigDict, dataset: Dataset) -> None:

@@ -117,17 +117,19 @@ def summary(
     model: str,
     params: int,
     monitor: str,
+    best: Record | None = None,
     test: Record | None = None,
     seconds: float | None = None,
 ) -> dict[str, Any]:
     """What `summary.json` holds: the numbers of the best epoch in full precision.
 
+    `best` is the record of the checkpoint that was kept, by default the best by `monitor`.
     `test` is a record or the plain metrics of the best checkpoint on the test split; without it the
     history's own test record of that epoch is taken. `seconds` is the time of the whole run, by
     default the sum over the history. A split that was not measured is None. There are no paths
     and no dates in it, so that summaries of runs can be compared.
     """
-    best = best_record(history, monitor)
+    best = best or best_record(history, monitor)
     epochs = max((record["epoch"] for record in history), default=0)
     best_epoch = best["epoch"] if best else epochs
     val = find_record(history, best_epoch, "val")

@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
         if "--debug" in argv:
             raise
         print(f"flaxcls: {error}", file=sys.stderr)
+        _end_with_the_others()
         return 2
     except KeyboardInterrupt:
         print(
@@ -88,6 +89,14 @@ def _dispatch(command: Command) -> int:
         experiment = importlib.import_module("flaxcls.experiment")
         print(summary.model_summary(*experiment.untrained_model(config)))
     return 0
+
+
+def _end_with_the_others() -> None:
+    """Ends one of several processes at once: the others wait for it, and JAX ends them then."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stderr.flush()
+        os._exit(2)
 
 
 def parse(argv: Sequence[str]) -> Command:

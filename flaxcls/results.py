@@ -22,10 +22,11 @@ from flaxcls.progress import Progress, closing, make_console, show
 from flaxcls.sharding import fetch, replicated
 
 FORMAT_VERSION = 1
+PREVIOUS_SUMMARY = "summary.previous.json"
 
 # What is read again of `summary.json` and of `preprocess.json`.
 SUMMARY_KEYS = ("model", "params", "best_epoch", "epochs", "seconds", "val", "test")
-DESCRIPTION_KEYS = ("class_names", "class_counts", "mean", "std", "fingerprint")
+DESCRIPTION_KEYS = ("class_names", "class_counts", "mean", "std", "placement", "fingerprint")
 
 
 class RunFiles:
@@ -37,6 +38,7 @@ class RunFiles:
     Attributes:
       folder: of the run.
       finished_summary: the run's `summary.json` where there is nothing left to do, else None.
+      earlier: the run's `preprocess.json` where it is resumed, else None.
     """
 
     def __init__(self, folder: Path, config: ConfigDict):
@@ -47,6 +49,9 @@ class RunFiles:
         self._events: runlog.Events | None = None
         try:
             self.finished_summary = self._compare(folder / "config.json")
+            self.earlier = (
+                read_description(folder) if (folder / "preprocess.json").exists() else None
+            )
         except BaseException:
             self._release()
             raise
@@ -96,8 +101,9 @@ class RunFiles:
         """
         if not self.writes:
             return
-        # A finished run that is given more epochs is not finished; its checkpoints hold all of it.
-        (self.folder / "summary.json").unlink(missing_ok=True)
+        # A finished run that is given more epochs is not finished before it has a new summary.
+        if (self.folder / "summary.json").exists():
+            (self.folder / "summary.json").replace(self.folder / PREVIOUS_SUMMARY)
         with runlog.writing(self.folder):
             config_module.save(self._config, self.folder / "config.json")
         runlog.record_session(self.folder / "environment.json")
@@ -125,6 +131,7 @@ class RunFiles:
         self,
         experiment: Experiment,
         variables: Any,
+        best: Record | None,
         evaluator: Evaluator,
         history: list[Record],
         progress: Progress,
@@ -142,6 +149,7 @@ class RunFiles:
             model=self._config.model.name,
             params=experiment.count_parameters(),
             monitor=experiment.best_by,
+            best=best,
             test=test,
         )
         if not self.writes:
@@ -169,6 +177,7 @@ class RunFiles:
                 **({"confusion_split": shown} if shown else {}),
             )
         runlog.write_json(self.folder / "summary.json", summarised)
+        (self.folder / PREVIOUS_SUMMARY).unlink(missing_ok=True)
         progress.finish(summarised, history, str(self.folder))
         return summarised
 
@@ -220,6 +229,7 @@ def describe(experiment: Experiment, exemplars: np.ndarray) -> dict[str, Any]:
         "parent_names": dataset.parent_names,
         "class_counts": class_counts(dataset)["train"],
         "pixels": runlog.pixel_statistics(images),
+        "placement": experiment.data.placement,
         "fingerprint": experiment.data.fingerprint,
     }
 

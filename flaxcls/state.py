@@ -20,7 +20,7 @@ class Stream(enum.IntEnum):
 
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:
-    # Threefry, whatever JAX_DEFAULT_PRNG_IMPL says: only its keys give each example its own numbers.
+    # Whatever JAX_DEFAULT_PRNG_IMPL says: only Threefry keeps the numbers of an example its own.
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
 
 

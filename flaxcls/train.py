@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str]
         if files.finished_summary is not None:
             files.show_finished()
             return files.finished_summary
-        experiment = for_training(config)
+        experiment = for_training(config, files.earlier)
         keep = config.checkpoint.keep
         with (
             Checkpoints(workdir / "checkpoints", keep) as checkpoints,
@@ -128,7 +128,12 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str]
             loop.restore_or_initialise()
             loop.run()
             return files.finish(
-                experiment, loop.best_variables(), loop.evaluator, loop.history, progress
+                experiment,
+                loop.best_variables(),
+                loop.best,
+                loop.evaluator,
+                loop.history,
+                progress,
             )
 
 
@@ -349,8 +354,8 @@ class Loop:
 
     def _validate(self, epoch: int) -> Record:
         feed, began = self.experiment.data.feeds["val"], time.monotonic()
-        batch_size = self.config.eval.batch_size or self.config.train.batch_size
-        self.progress.start(epoch, "val", steps=-(-len(feed.split) // batch_size))
+        steps = -(-len(feed.split) // self.experiment.eval_batch_size)
+        self.progress.start(epoch, "val", steps=steps)
         result = self.evaluator(self.state.variables(), "val", on_step=self.progress.update)
         seconds = time.monotonic() - began
         if result.first_bad_step >= 0:
@@ -434,9 +439,16 @@ class Loop:
             "gradients with optimizer.clip_norm"
         )
 
+    @property
+    def best(self) -> Record | None:
+        """The best record whose checkpoint is there; a damaged one may have been set aside."""
+        steps = {*self.checkpoints.steps(), self.step}
+        kept = [record for record in self.history if record["step"] in steps]
+        return best_record(kept, self.experiment.best_by)
+
     def best_variables(self) -> Any:
         """Returns the variables of the best checkpoint, on the devices."""
-        best = best_record(self.history, self.experiment.best_by)
+        best = self.best
         if best is None or best["step"] == self.step:
             return self.state.variables()
         del self.state  # two states may not fit

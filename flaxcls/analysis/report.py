@@ -7,14 +7,18 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from flaxcls import config as config_module
 from flaxcls import runlog
 from flaxcls.checkpoint import Checkpoints
 from flaxcls.errors import InputError
 from flaxcls.evaluate import Evaluator, write_predictions
-from flaxcls.experiment import Experiment, for_evaluation
-from flaxcls.history import best_record, scalars
+from flaxcls.experiment import for_evaluation
+from flaxcls.history import Record, best_record, scalars
 from flaxcls.progress import make_console, metrics_table, show
 from flaxcls.results import read_description
+
+# Keys that evaluation may have otherwise than training, besides those that resuming may.
+OTHER_DATA = ("data.source", "data.name", "data.on_bad", "data.prefetch", "train.epochs")
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[str, Any]:
@@ -34,18 +38,31 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
             f"--workdir: '{workdir}' holds no checkpoint of a run; train it first, or give the "
             "folder of another run"
         )
-    experiment = for_evaluation(config, read_description(workdir))
+    stored, _ = config_module.resolve(config_module.load(workdir / "config.json"))
+    differing = config_module.differences(stored, config, OTHER_DATA)
+    if differing:
+        raise InputError(
+            f"{workdir} was trained with another config ({'; '.join(differing)}); leave out "
+            "--config and these keys to evaluate it as it was trained"
+        )
+    other_data = any(stored.data[key] != config.data[key] for key in ("source", "path", "name"))
+    experiment = for_evaluation(config, read_description(workdir), other_data=other_data)
+    history = runlog.read_metrics(workdir / "metrics.jsonl")
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        step, variables, more = restore_variables(experiment, checkpoints)
+        step = config.eval.step or best_step(checkpoints, history, config.train.best_by)
+        restored = checkpoints.restore(
+            step, experiment.abstract_state(), experiment.abstract_metrics()
+        )
+    variables = restored.state.variables()
     (key, feed), *_ = experiment.data.feeds.items()
     result = Evaluator(experiment)(variables, key, keep_logits=True)
-    name = predictions_name(experiment)
+    name = re.sub(r"[^\w.-]+", "-", experiment.evaluated)
     if jax.process_index() == 0:
         folder, classes = workdir / "predictions", experiment.data.dataset.class_names
         write_predictions(folder, name, feed.split, result.logits, classes)
         runlog.write_json(folder / f"{name}.json", {"step": step, **result.record})
         console = make_console()
-        for note in (*notes, *experiment.data.notes, *more):
+        for note in (*notes, *experiment.data.notes):
             show(console, note)
         show(console, metrics_table({name: scalars(result.record)}))
         show(
@@ -56,34 +73,17 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
     return result.record
 
 
-def restore_variables(
-    experiment: Experiment, checkpoints: Checkpoints
-) -> tuple[int, Any, list[str]]:
-    """Returns step and variables of the checkpoint of `eval.step`, or of the best, and notes."""
-    state, epoch = experiment.abstract_state(), experiment.abstract_metrics()
-    step = experiment.config.eval.step
-    if not step:
-        latest = checkpoints.restore_latest(state, epoch)
-        if latest is None:
-            raise InputError(
-                f"{checkpoints.directory}: no complete checkpoint; train the run first"
-            )
-        notes = [
-            f"the checkpoint of step {damaged} is damaged: this is the best of those before it"
-            for damaged in latest.damaged
-        ]
-        best = best_record(latest.log["history"], latest.log["best_by"])
-        if best is None or best["step"] == latest.step:
-            return latest.step, latest.state.variables(), notes
-        step = best["step"]
-        del latest  # two states may not fit
-        return step, checkpoints.restore(step, state, epoch).state.variables(), notes
-    return step, checkpoints.restore(step, state, epoch).state.variables(), []
+def best_step(checkpoints: Checkpoints, history: list[Record], best_by: str) -> int:
+    """Returns the step of the best checkpoint that is there, or of the last where none is judged.
 
-
-def predictions_name(experiment: Experiment) -> str:
-    """Returns SPLIT for the run's own data and DATASET-SPLIT for others."""
-    split = experiment.config.eval.split
-    if experiment.own_data:
-        return split
-    return re.sub(r"[^\w.-]+", "-", f"{Path(experiment.data.dataset.name).name}-{split}")
+    Raises:
+      InputError: there is no complete checkpoint.
+    """
+    steps = checkpoints.steps()
+    if not steps:
+        raise InputError(f"{checkpoints.directory}: no complete checkpoint; train the run first")
+    if best_by == "auto":
+        validated = any(record["split"] == "val" for record in history)
+        best_by = "val/accuracy" if validated else "train/loss"
+    best = best_record([record for record in history if record["step"] in steps], best_by)
+    return best["step"] if best is not None else steps[-1]

@@ -19,7 +19,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "digits": (),
     "idx": ("path", "name"),
     "image_folder": ("path", "classes", "on_bad", "known_classes", "threads"),
-    "npy": ("path", "classes", "num_classes_drawn", "per_class", "seed"),
+    "npy": ("path", "classes", "num_classes_drawn", "per_class", "seed", "known_classes"),
     "npz": ("path",),
     "tfds": ("path", "name", "spec", "threads"),
 }
@@ -67,6 +67,8 @@ def load_dataset(
             "data.classes and data.num_classes_drawn are both set; set one of them, as the first "
             "names the classes and the second draws them"
         )
+    if known_classes:  # all of the data is evaluated, whatever training took of its own
+        classes, num_classes_drawn, per_class = (), 0, 0.0
     arguments = {
         "path": path,
         "name": name,

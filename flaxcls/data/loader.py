@@ -26,11 +26,11 @@ from jax.sharding import Mesh
 from flaxcls.augment import Augmentation, draw_boxes
 from flaxcls.batch import Batch
 from flaxcls.data.dataset import Split
-from flaxcls.data.decode import ImageSpec, decode
+from flaxcls.data.decode import ImageSpec, decode, in_threads
+from flaxcls.data.splits import draw_order
 from flaxcls.errors import InputError
 from flaxcls.sharding import put_batch, put_replicated
 from flaxcls.step import Resident
-
 
 # Grain frees an array's shared memory in one thread while the garbage collector may do so in
 # another; the descriptor that the second closes can by then be a checkpoint's. Pipes cost 0.4 ms of
@@ -101,7 +101,7 @@ def _share(batch_size: int, process: tuple[int, int]) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)
+    return draw_order(size, seed, f"epoch {epoch}").astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,16 +151,16 @@ class Feed:
         order = EvalOrder(len(self.split.labels), batch_size, _process())
         fetch = _Fetch(self.split, self.spec, gathers=self.resident is None)
         sizes = iter([1] * len(order))
-        return DeviceIterator(self._read(order, fetch, 0), sizes, self.mesh, self.prefetch)
+        # Threads: processes would be started anew for each pass.
+        threads = dataclasses.replace(self, workers=0)
+        return DeviceIterator(threads._read(order, fetch, 0), sizes, self.mesh, self.prefetch)
 
     def _read(self, order: Any, fetch: "_Fetch", start: int) -> Iterator[Batch]:
         """Runs the order through Grain."""
         steps = grain.MapDataset.source(order)[start:].map(fetch)
         in_files = fetch.gathers and not isinstance(self.split.images, np.ndarray)
-        threads = (os.cpu_count() or 1) if in_files and not self.workers else 1
-        read_options = grain.ReadOptions(
-            num_threads=threads, prefetch_buffer_size=max(threads, self.prefetch)
-        )
+        fetch.threads = (os.cpu_count() or 1) if in_files and not self.workers else 1
+        read_options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.prefetch)
         batches = steps.to_iter_dataset(read_options)
         if in_files and self.workers:
             if not flags.FLAGS.is_parsed():
@@ -229,6 +229,7 @@ class _Fetch:
         self.gathers = gathers
         self.seed = seed
         self.augmentation = augmentation
+        self.threads = 1  # that decode the files of one batch together
 
     def __call__(self, element: dict[str, Any]) -> Batch:
         index = element["index"]
@@ -239,10 +240,18 @@ class _Fetch:
         images, labels = self.split.images, self.split.labels[index]
         if isinstance(images, np.ndarray):
             return Batch(image=images[index], label=labels, mask=mask, index=index, box=box)
-        boxes = [None] * len(index) if box is None else box
-        decoded = np.stack(
-            [decode(images[i], self.spec, b) for i, b in zip(index, boxes, strict=True)]
+        decoded = np.empty(
+            (len(index), self.spec.size, self.spec.size, self.spec.channels), np.uint8
         )
+
+        def put(row: int) -> None:
+            decoded[row] = decode(images[index[row]], self.spec, None if box is None else box[row])
+
+        if self.threads > 1:
+            in_threads(put, range(len(index)), self.threads)
+        else:
+            for row in range(len(index)):
+                put(row)
         return Batch(image=decoded, label=labels, mask=mask, index=index)
 
     def _boxes(self, element: dict[str, Any]) -> np.ndarray | None:
@@ -365,6 +374,7 @@ def choose_placement(
     device_bytes: int,
     host_bytes: int,
     in_files: bool,
+    crops_files: bool = False,
     describe: Callable[[int], str],
 ) -> tuple[str, str]:
     """Picks device, host or files, and says why in one sentence.
@@ -375,6 +385,7 @@ def choose_placement(
       device_bytes: free memory of one device.
       host_bytes: free memory of the host.
       in_files: the source's images are files, so that they can be streamed.
+      crops_files: whether training cuts random crops from files, which copies would blur.
       describe: bytes to words.
 
     Raises:
@@ -388,6 +399,8 @@ def choose_placement(
         )
     if requested != "auto":
         return requested, f"data: placement {requested} as set ({needed})"
+    if crops_files:
+        return "files", "data: placement files (random crops are cut from the images as they are)"
     if bytes_needed <= device_bytes // 4:
         return "device", f"data: placement device ({needed} fit into a quarter of its free memory)"
     if bytes_needed <= host_bytes // 2 or not in_files:

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import functools
+import glob
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -97,6 +99,8 @@ def prepare_process() -> str:
 
     Call it once, before JAX runs anything: JAX's threads keep the settings they started with.
     """
+    if _accelerator_is_present():
+        return "memory: allocator left as it is (the temporaries are an accelerator's)"
     if platform.libc_ver()[0] != "glibc":
         return "memory: allocator left as it is (only glibc's is tuned)"
     if _jax_has_started():
@@ -112,6 +116,14 @@ def prepare_process() -> str:
     if not all(mallopt(parameter, value) for parameter, value in settings):
         return "memory: allocator left in part as it is (glibc refused a setting)"
     return "memory: glibc keeps freed memory for reuse (mallopt)"
+
+
+def _accelerator_is_present() -> bool:
+    # Asking JAX would start it.
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    nodes = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+    return any(glob.glob(pattern) for pattern in nodes)
 
 
 def _jax_has_started() -> bool:

@@ -19,6 +19,7 @@ def read(
     num_classes_drawn: int = 0,
     per_class: float = 0.0,
     seed: int = 0,
+    known_classes: tuple[str, ...] = (),
 ) -> Dataset:
     """Return the classes' images as one split `train`, uint8 (N, H, W, C), class after class.
 
@@ -28,6 +29,8 @@ def read(
     num_classes_drawn: so many, drawn with the seed; which ones is recorded in the data set.
     per_class: of each class a fraction (below 1) or a number, by lot, the same whichever other
         classes are read; 0 for all.
+    known_classes: the classes of a trained model, where the folder is only evaluated: those of them
+        that it has are read.
     Raises InputError, naming the file.
     """
     folder = existing_folder(path, _HOLDS)
@@ -35,7 +38,7 @@ def read(
     if not files:
         raise InputError(f"data.path: no .npy files in '{folder}'; set it to a folder of {_HOLDS}")
     notes: tuple[str, ...] = ()
-    class_names = classes or tuple(files)
+    class_names = classes or tuple(name for name in known_classes if name in files) or tuple(files)
     if num_classes_drawn:
         class_names = draw_classes(tuple(files), num_classes_drawn, seed)
         notes = (
