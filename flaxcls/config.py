@@ -511,8 +511,11 @@ def check_monitor(path: str, monitor: str | None) -> None:
 def save(config: ConfigDict, path: Path) -> None:
     """Writes the config as JSON, atomically."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> ConfigDict:

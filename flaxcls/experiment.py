@@ -310,9 +310,9 @@ def _read_for_evaluation(
         dataset = read_dataset(config, tuple(trained["class_names"]))
         if not other_data and split != "all":
             raise InputError(
-                f"{dataset.name} has changed since the run was trained, so that its {split!r} "
-                "split is no longer known; restore the data, or evaluate all of them, training images "
-                "included, with --config.eval.split=all"
+                f"{dataset.name} has changed since the run was trained, so that its split "
+                f"{split!r} is no longer known; restore the data, or evaluate all of them, "
+                "training images included, with --config.eval.split=all"
             )
         if split not in dataset.splits and set(dataset.splits) == {"train"}:
             note = f"data: {dataset.name} has no splits, so all of it is evaluated"

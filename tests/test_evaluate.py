@@ -17,18 +17,18 @@ SPLIT = "val"
 
 @pytest.fixture(scope="module")
 def variables():
-    """Variables that predict every class, some wrongly; steps were too few for more."""
+    """Variables of an untrained network that predicts several classes, most of them wrongly."""
     experiment = for_training(lenet())
     state = jax.jit(experiment.create_state)()
-    # Of the pytorch-like start all logits are nearly equal: this spreads them.
+    # At first all logits are nearly equal: this spreads them.
     params = jax.tree.map(lambda x: 4 * x, state.params)
     return jax.device_get({"params": params, "batch_stats": state.batch_stats})
 
 
-def evaluate(variables, batch_size, placement="device", **changes):
+def evaluate(variables, batch_size, placement="device"):
     """The evaluation, and the experiment."""
-    config = lenet(eval__batch_size=batch_size, data__placement=placement, **changes)
-    experiment = for_training(config)
+    keys = {"eval__batch_size": batch_size, "data__placement": placement}
+    experiment = for_training(lenet(data__max_per_class=0, **keys))
     placed = sharding.put_replicated(variables, experiment.mesh)
     return Evaluator(experiment)(placed, SPLIT, keep_logits=True), experiment
 
@@ -44,9 +44,8 @@ def read_predictions(folder):
 # 180 examples: batches that fit, that leave a rest, of one example, and one that holds them all.
 @pytest.mark.parametrize("batch_size", [1, 36, 77, 200])
 def test_any_batch_size_gives_the_metrics_of_scikit_learn(batch_size, variables, tmp_path):
-    result, experiment = evaluate(
-        variables, batch_size, placement="host" if batch_size == 77 else "device"
-    )
+    placement = "host" if batch_size == 77 else "device"
+    result, experiment = evaluate(variables, batch_size, placement)
     dataset = experiment.data.dataset
     split, names = dataset.splits[SPLIT], dataset.class_names
     write_predictions(tmp_path, SPLIT, split, result.logits, names)
@@ -86,8 +85,7 @@ def test_a_loss_that_is_not_finite_is_told(variables):
 
 
 def test_logits_are_brought_only_where_they_are_asked_for(variables, monkeypatch):
-    config = lenet(eval__batch_size=36)
-    experiment = for_training(config)
+    experiment = for_training(lenet(eval__batch_size=36, data__max_per_class=0))
     evaluator = Evaluator(experiment)
     placed = sharding.put_replicated(variables, experiment.mesh)
     fetched, steps = [], []

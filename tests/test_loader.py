@@ -210,6 +210,15 @@ def test_an_unreadable_file_is_named_where_its_batch_would_have_come(workers, fi
             next(batches)
 
 
+def test_a_worker_that_dies_is_told_in_one_sentence(files):
+    feed = make_feed(files, "files", workers=1)
+    with feed.train(make_order(epochs=1000), PLAIN) as batches:
+        next(batches)
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(InputError, match=r"data\.workers: .* died \(exit code -9;"):
+            list(batches)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_closing_early_leaves_no_thread_and_no_process(workers, files):
     feed = make_feed(files, "files", workers=workers)

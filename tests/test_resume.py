@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_runs import Workplace, history, saved_steps, state, summary
+from small_runs import Workplace, assert_close, history, saved_steps, state, summary
 
 EVERYTHING = (
     "--config.augment.horizontal_flip=0.5",
@@ -20,7 +20,7 @@ EVERYTHING = (
     "--config.augment.erasing=0.5",
     "--config.augment.mixup=0.2",
     "--config.optimizer.ema_decay=0.9",
-    "--config.checkpoint.every_steps=2",
+    "--config.checkpoint.every_steps=3",
 )
 
 RUNS = {
@@ -52,7 +52,7 @@ RUNS = {
         "--config.data.max_per_class=0",
         "--config.augment.random_resized_crop=True",
         "--config.train.epochs=20",
-        "--config.train.patience=3",
+        "--config.train.patience=2",
         *EVERYTHING,
     ),
 }
@@ -169,3 +169,28 @@ def test_killed_five_times_ends_bitwise_equal(name, background):
     run, killed = background["killed"][name].result()
     assert len(killed) == 5, f"some ended before they were killed: {killed}"
     assert_same_end(run, background["whole"][name].result())
+
+
+def test_a_run_goes_on_on_another_number_of_devices(place):
+    """Eight with every parameter whole, one, eight that share the parameters: but for rounding."""
+    keys = (
+        "--config=small.py",
+        "--config.train.batch_size=8",
+        "--config.model.head_width=1024",  # large enough to be shared
+        "--config.precision=float64",
+        "--config.augment.horizontal_flip=0.5",
+    )
+
+    def train(workdir: str, epochs: int, devices: int, *more: str) -> Path:
+        name, end = f"{workdir}-{epochs}.log", f"--config.train.epochs={epochs}"
+        arguments = (*keys, end, f"--workdir={workdir}", *more)
+        place.start(name, *arguments, devices=devices).succeed()
+        return place.folder / workdir
+
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(train, "alone", 3, 1)
+        train("moving", 1, 8)
+        train("moving", 2, 1)
+        run, alone = train("moving", 3, 8, "--config.mesh.shard_params=True"), whole.result()
+    assert_close(state(run), state(alone))
+    assert_close(history(run), history(alone))

@@ -11,6 +11,7 @@ import functools
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -357,7 +358,7 @@ class DeviceIterator:
                     return
             self._put(None)
         except BaseException as error:  # handed to the thread that waits for the batch
-            self._put(error)
+            self._put(_explained(error))
 
     def _put(self, item: Any) -> None:
         while not self._closed.is_set():
@@ -365,6 +366,18 @@ class DeviceIterator:
                 return self._queue.put(item, timeout=0.1)
             except queue.Full:
                 continue
+
+
+def _explained(error: BaseException) -> BaseException:
+    """Says in one sentence what Grain means by a worker that was terminated unexpectedly."""
+    if isinstance(error, RuntimeError) and str(error).startswith("Worker process was terminated"):
+        code = re.search(r"-?\d+", str(error))
+        return InputError(
+            f"data.workers: a process that decodes files died (exit code "
+            f"{code.group() if code else 'unknown'}; -9 is often a lack of memory); lower "
+            "data.workers or train.batch_size, then run the same command to resume"
+        )
+    return error
 
 
 def choose_placement(
