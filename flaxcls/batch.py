@@ -71,8 +71,8 @@ class Preprocess:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):
                 raise InputError(
-                    f"normalize.{name} has {len(values)} numbers and images {self.channels} "
-                    "channels; give one number, or one a channel"
+                    f"normalize.{name} has {len(values)} numbers for {self.channels} channels; "
+                    "give one number, or one a channel"
                 )
             if not np.isfinite(values).all():
                 raise InputError(f"normalize.{name} is {values}; it must be finite numbers")

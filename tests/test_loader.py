@@ -131,6 +131,13 @@ def test_an_evaluated_split_comes_whole_and_in_order(placement, arrays, files):
         np.testing.assert_array_equal(values[mask], expected)
 
 
+def test_no_worker_is_started_to_evaluate(files):
+    feed = make_feed(files, "files", workers=1)
+    with feed.evaluate(BATCH) as batches:
+        next(batches)
+        assert not multiprocessing.active_children()
+
+
 def test_every_placement_gives_the_same_batches(arrays, files):
     device, host, streamed = (
         read_training(make_feed(split, placement))

@@ -66,7 +66,9 @@ print("done", file=sys.stderr)
 def environment(**variables):
     here = os.path.dirname(__file__)
     paths = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": paths, "TERM": "xterm-256color", **variables}
+    # A size in the variables would go before the terminal's own; pytest-xdist sets one.
+    inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    return {**inherited, "PYTHONPATH": paths, "TERM": "xterm-256color", **variables}
 
 
 def run_on_terminal(columns, **variables):

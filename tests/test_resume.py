@@ -130,38 +130,32 @@ def assert_same_end(run: Path, whole: Path) -> None:
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
 
 
-def test_interrupted_saves_and_the_printed_command_resumes(place, background):
-    """SIGTERM, then Ctrl-C, then the newest checkpoint is damaged and half of another is there."""
+def test_interrupted_run_saves_and_the_printed_command_resumes(place, background):
+    """After SIGTERM and Ctrl-C the newest checkpoint is damaged, and half of another is there."""
     run = place.folder / "interrupted"
-    command = place.start("sigterm.log", *RUNS["device"], f"--workdir={run.name}")
-    steps = []
+    arguments = [*RUNS["files"], f"--workdir={run.name}"]
+    saved = [0]
     for number, exit_code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        done = max(saved_steps(run), default=0)
-
-        def further(done=done) -> bool:
-            return max(saved_steps(run), default=0) > done
-
-        assert command.until(further), command.output
+        command = place.start(f"{number.name}.log", *arguments)
+        assert command.until(lambda: saved_steps(run)[-1:] > saved[-1:]), command.output
         command.process.send_signal(number)
         assert command.finish() == exit_code, command.output
-        said = command.output.splitlines()[-1]
-        assert said.startswith(f"flaxcls: stopped by {number.name} and saved at step ")
-        steps.append(saved_steps(run)[-1])
-        assert f"saved at step {steps[-1]}; " in said
-        resume = shlex.split(said.partition("to resume: ")[2])
-        command = place.start(f"after-{number.name}.log", *resume[3:])
-        assert resume[1:3] == ["-m", "flaxcls.main"]
-    assert steps[0] < steps[1]
-    command.process.kill()
-    command.finish()
+        saved.append(saved_steps(run)[-1])
+        *_, said = command.output.splitlines()
+        start, _, resume = said.partition("; to resume: ")
+        assert start == f"flaxcls: stopped by {number.name} and saved at step {saved[-1]}"
+        _, option, module, *arguments = shlex.split(resume)
+        assert (option, module) == ("-m", "flaxcls.main")
 
-    newest = run / "checkpoints" / str(saved_steps(run)[-1])
-    shutil.copytree(newest, newest.with_name("99.orbax-checkpoint-tmp"))
-    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    *_, intact, newest = saved_steps(run)
+    folder = run / "checkpoints" / str(newest)
+    half_written = shutil.copytree(folder, folder.with_name("99.orbax-checkpoint-tmp"))
+    largest = max(folder.rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    output = place.start("end.log", *resume[3:]).succeed()
-    assert f"resumed: step {saved_steps(run)[-1]}" not in output
-    assert_same_end(run, background["whole"]["device"].result())
+    output = place.start("end.log", *arguments).succeed()
+    assert f"resumed: step {intact}, " in output
+    assert not half_written.exists()
+    assert_same_end(run, background["whole"]["files"].result())
 
 
 @pytest.mark.parametrize("name", RUNS)
