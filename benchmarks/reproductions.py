@@ -62,7 +62,7 @@ EXPERIMENTS = {
     "vgg13_digits": Experiment(
         "vgg13:digits",
         "test",
-        "best accuracy on validation",
+        "lowest loss on validation",
         last_epoch=False,
         target=0.98,
         published=None,
