@@ -62,21 +62,31 @@ class VGG(nn.Module):
         return self.classifier(flatten(self.pool(self.trunk(x))))
 
 
+class TwoConvTrunk(nn.Module):
+    """Of lenet and fashion_net0."""
+
+    def __init__(self, channels, first, second, second_kernel):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, first, 5)
+        self.conv2 = nn.Conv2d(first, second, second_kernel)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.conv1(x).relu(), 2)
+        return nn.functional.max_pool2d(self.conv2(x).relu(), 2)
+
+
 class TwoConvs(nn.Module):
     """lenet and fashion_net0, on 28x28 images of one channel."""
 
     def __init__(self, num_classes, first, second, second_kernel, width):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, first, 5)
-        self.conv2 = nn.Conv2d(first, second, second_kernel)
+        self.trunk = TwoConvTrunk(1, first, second, second_kernel)
         side = (12 - second_kernel + 1) // 2
         self.dense1 = nn.Linear(second * side * side, width)
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, x):
-        x = nn.functional.max_pool2d(self.conv1(x).relu(), 2)
-        x = nn.functional.max_pool2d(self.conv2(x).relu(), 2)
-        return self.head(self.dense1(flatten(x)).relu())
+        return self.head(self.dense1(flatten(self.trunk(x))).relu())
 
 
 TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}

@@ -50,7 +50,7 @@ class Small(nn.Module):
         return ops.Dense(self.num_classes, **precision)(x)
 
 
-models.registry["small"] = Small
+models.register("small", Small)
 
 
 def get_config(dataset="digits"):

@@ -236,7 +236,7 @@ def test_a_single_image_without_a_batch_is_refused():
         ("vgg13", 3, {"dropuot": 0.1}, "model.dropuot: vgg13 has no such option; it takes"),
         ("lenet", 3, {"dropout": 0.1}, "model.dropout: lenet has no such option; it takes init"),
         ("vgg13", 3, {"convs": (1, 1, 1, 1, 1)}, "model.convs: vgg13 has no such option"),
-        ("vgg13", 0, {}, "model.num_classes: 0 is not possible; give a whole number"),
+        ("vgg13", -1, {}, "model.num_classes: -1 is not possible; give a whole number"),
         ("vgg13", 2.5, {}, "model.num_classes: 2.5 is not possible"),
         ("vgg13", 3, {"dropout": 1.0}, "model.dropout: 1.0 is not possible"),
         ("vgg13", 3, {"dropout": -0.1}, "model.dropout: -0.1 is not possible"),

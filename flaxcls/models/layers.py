@@ -68,6 +68,10 @@ INITIALISATIONS = {
 }
 
 
+# What `init` of a model may be.
+INIT_CHOICES = ("flax", "pytorch", "kaiming_uniform", "torchvision")
+
+
 @dataclass(frozen=True)
 class Layers:
     """The layers of one model, with its initialisation and precision filled in.
@@ -115,7 +119,13 @@ class Layers:
         return self._dense(x, features, name, self.dtype)
 
     def logits(self, x: jax.Array, num_classes: int, *, name: str = "head") -> jax.Array:
-        """The last dense layer, computed in at least float32: x (N, F) -> (N, num_classes)."""
+        """The last dense layer, computed in at least float32: x (N, F) -> (N, num_classes).
+
+        With 0 classes there is no such layer and x comes back, so that a model without its head
+        is the trunk of another.
+        """
+        if num_classes == 0:
+            return x
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return self._dense(x, num_classes, name, None)
 

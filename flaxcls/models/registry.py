@@ -1,30 +1,47 @@
-"""Models by name: `create_model` checks every option before a model is made."""
+"""Models and trunks by name: `create_model` checks every option before a model is made."""
 
 import fnmatch
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from flaxcls.errors import InputError, did_you_mean
-from flaxcls.models import fashion_net, lenet, vgg
-from flaxcls.models.layers import INITIALISATIONS
+from flaxcls.models.layers import Layers
+from flaxcls.models.options import COMMON, Rule, check, check_dtype, rule_of
 
-registry: dict[str, Callable[..., nn.Module]] = {
-    "fashion_net0": fashion_net.FashionNet0,
-    "lenet": lenet.LeNet,
-    "vgg11": vgg.vgg11,
-    "vgg13": vgg.vgg13,
-    "vgg16c": vgg.vgg16c,
-    "vgg16": vgg.vgg16,
-    "vgg19": vgg.vgg19,
-}
 
-# What the names above fix and a user does not set.
-_STRUCTURE = {"num_classes", "convs", "pointwise_last", "parent", "name"}
+class Entry(NamedTuple):
+    """A registered model.
+
+    Attributes:
+      factory: makes the module from `num_classes` and the options; a `functools.partial` fixes
+        what the name stands for and a user does not set.
+      trunk: makes the module that maps images (N, H, W, C) to the final map (N, h, w, c), called
+        as `trunk(layers, name=...)(images, train)`; None where the model has no such map.
+      rules: what the values of the model's own options must be.
+    """
+
+    factory: Callable[..., nn.Module]
+    trunk: Callable[..., nn.Module] | None
+    rules: dict[str, Rule]
+
+
+registry: dict[str, Entry] = {}
+
+# Fields of every module that are no options.
+_NO_OPTIONS = {"num_classes", "parent", "name"}
+
+
+def register(
+    name: str,
+    factory: Callable[..., nn.Module],
+    trunk: Callable[..., nn.Module] | None = None,
+    **rules: Rule,
+) -> None:
+    """Enters a model under `name`; `rules` are those of options that other models do not have."""
+    registry[name] = Entry(factory, trunk, rules)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -38,13 +55,12 @@ def model_options(name: str) -> dict[str, Any]:
     Raises:
       InputError: the model is unknown.
     """
-    if name not in registry:
-        raise InputError(f"model.name: no model {name!r}; {did_you_mean(name, list_models())}")
-    signature = inspect.signature(registry[name])
+    factory = _entry(name).factory
+    fixed = getattr(factory, "keywords", {})
     return {
         "init" if option == "initialisation" else option: parameter.default
-        for option, parameter in signature.parameters.items()
-        if option not in _STRUCTURE
+        for option, parameter in inspect.signature(factory).parameters.items()
+        if option not in _NO_OPTIONS and option not in fixed
     }
 
 
@@ -53,7 +69,8 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
 
     Args:
       name: one of `list_models()`.
-      num_classes: classes, at least 1.
+      num_classes: classes; 0 gives the network without its last layer, whose output are the
+        features that this layer sees, (N, F).
       **options: those of `model_options(name)`; dtypes may be given by name.
 
     Returns:
@@ -69,60 +86,37 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
             raise InputError(
                 f"model.{option}: {name} has no such option; it takes {', '.join(known)}"
             )
-    checked = {option: _checked(option, value) for option, value in options.items()}
+    entry = registry[name]
+    checked = {
+        option: check_dtype(option, value)
+        if option in ("dtype", "param_dtype")
+        else check(option, value, rule_of(option, known[option], entry.rules))
+        for option, value in options.items()
+    }
     if "init" in checked:
         # A linen module's own method has the name `init`.
         checked["initialisation"] = checked.pop("init")
-    return registry[name](num_classes=_checked("num_classes", num_classes), **checked)
+    if num_classes != 0 or isinstance(num_classes, bool):
+        check("num_classes", num_classes, COMMON["num_classes"])
+    return entry.factory(num_classes=num_classes, **checked)
 
 
-def _checked(option: str, value: Any) -> Any:
-    """`value` as the models take it, or InputError."""
-    if option in ("dtype", "param_dtype"):
-        return _float_dtype(option, value)
-    holds, wanted = _RULES[option]
-    if not holds(value):
-        raise InputError(f"model.{option}: {value!r} is not possible; give {wanted}")
-    return value
+def create_trunk(name: str, layers: Layers, *, module_name: str = "trunk") -> nn.Module:
+    """Make the trunk of the model `name`; to be called inside another model's `__call__`.
 
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-
-
-# For each option: what its value must satisfy, and how to say so.
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_classes": (_is_count, "a whole number of at least 1"),
-    "init": (
-        lambda value: isinstance(value, str) and value in INITIALISATIONS,
-        f"one of {', '.join(INITIALISATIONS)}",
-    ),
-    "batch_norm": (lambda value: isinstance(value, bool), "True or False"),
-    "head_width": (_is_count, "a whole number of at least 1"),
-    "pool_size": (
-        lambda value: value is None or _is_count(value),
-        "None or a whole number of at least 1",
-    ),
-    "dropout": (_is_share, "a number from 0 to less than 1"),
-}
-
-
-def _float_dtype(option: str, value: Any) -> Any:
-    """A dtype or its name -> the dtype; None stays, for `dtype` alone."""
-    if value is None and option == "dtype":
-        return None
-    try:
-        dtype = None if value is None else jnp.dtype(value)
-    except TypeError:
-        dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    Raises:
+      InputError: the model is unknown, or has no final feature map.
+    """
+    trunk = _entry(name).trunk
+    if trunk is None:
+        have = [other for other in list_models() if registry[other].trunk is not None]
         raise InputError(
-            f"model.{option}: {value!r} is no floating dtype; give one such as float32 or bfloat16"
+            f"model.trunk: {name} has no final feature map; {did_you_mean(name, have)}"
         )
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise InputError(f"model.{option}: {dtype} needs jax_enable_x64; set it, or take float32")
-    return dtype
+    return trunk(layers=layers, name=module_name)
+
+
+def _entry(name: str) -> Entry:
+    if name not in registry:
+        raise InputError(f"model.name: no model {name!r}; {did_you_mean(name, list_models())}")
+    return registry[name]

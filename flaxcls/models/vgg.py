@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from flaxcls import ops
 from flaxcls.models.layers import Layers, check_images, flatten
+from flaxcls.models.registry import register
 
 CHANNELS = (64, 128, 256, 512, 512)
 
@@ -35,7 +36,12 @@ class VGGTrunk(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """x (N, H, W, C) -> (N, H // 32, W // 32, 512)."""
+        """x (N, H, W, C), H and W >= 32 -> (N, H // 32, W // 32, 512).
+
+        Raises:
+          InputError: the images are too small.
+        """
+        check_images(x, "vgg", smallest=32)
         for stage, (features, convs) in enumerate(zip(CHANNELS, self.convs, strict=True), 1):
             for i in range(1, convs + 1):
                 pointwise = self.pointwise_last and stage >= 3 and i == convs
@@ -84,7 +90,7 @@ class VGG(nn.Module):
       dropout: share of their outputs that training drops.
       pool_size: the trunk's map is averaged to this height and width, as torchvision's to 7; None
         takes it as it is, so that the parameters depend on the size of the images.
-      initialisation: the option `init`: where the weights start, a key of `layers.INITIALISATIONS`.
+      initialisation: the option `init`: where the weights start, one of `layers.INIT_CHOICES`.
       dtype: dtype of the computation; None: what images and parameters promote to.
       param_dtype: dtype of the parameters.
     """
@@ -102,26 +108,31 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """images (N, H, W, C), H and W >= 32 -> logits (N, num_classes), at least float32.
-
-        Raises:
-          InputError: the images are too small.
-        """
-        check_images(images, "vgg", smallest=32)
+        """images (N, H, W, C), H and W >= 32 -> logits (N, num_classes), at least float32."""
         layers = Layers(self.initialisation, self.dtype, self.param_dtype)
         x = VGGTrunk(self.convs, self.pointwise_last, self.batch_norm, layers, name="trunk")(
             images, train
         )
         if self.pool_size is not None:
             x = ops.adaptive_avg_pool(x, self.pool_size)
+        self.sow("intermediates", "features", x)
         classifier = VGGClassifier(
             self.num_classes, self.head_width, self.dropout, layers, name="classifier"
         )
         return classifier(flatten(x), train)
 
 
-vgg11 = partial(VGG, convs=(1, 1, 2, 2, 2))
-vgg13 = partial(VGG, convs=(2, 2, 2, 2, 2))
-vgg16c = partial(VGG, convs=(2, 2, 3, 3, 3), pointwise_last=True)
-vgg16 = partial(VGG, convs=(2, 2, 3, 3, 3))
-vgg19 = partial(VGG, convs=(2, 2, 4, 4, 4))
+CONVS = {
+    "vgg11": (1, 1, 2, 2, 2),
+    "vgg13": (2, 2, 2, 2, 2),
+    "vgg16c": (2, 2, 3, 3, 3),
+    "vgg16": (2, 2, 3, 3, 3),
+    "vgg19": (2, 2, 4, 4, 4),
+}
+for _name, _convs in CONVS.items():
+    _pointwise = _name == "vgg16c"
+    register(
+        _name,
+        partial(VGG, convs=_convs, pointwise_last=_pointwise),
+        partial(VGGTrunk, convs=_convs, pointwise_last=_pointwise, batch_norm=True),
+    )
