@@ -24,7 +24,7 @@ from flaxcls.data.load import load_dataset
 from flaxcls.data.splits import merged
 from flaxcls.errors import InputError
 from flaxcls.history import check_monitor
-from flaxcls.losses import class_weights, create_loss
+from flaxcls.losses import class_weights, create_loss, parts_of
 from flaxcls.models import create_model
 from flaxcls.optimizers import create_optimizer, create_schedule
 from flaxcls.sharding import create_mesh, replicated, state_shardings
@@ -118,7 +118,8 @@ class Experiment:
         return abstract(jax.eval_shape(self.create_state), self.state_sharding())
 
     def empty_metrics(self) -> metrics.MetricState:
-        return metrics.empty(self.num_classes, self.config.eval.top_k)
+        parts = parts_of(self.config.loss.name)
+        return metrics.empty(self.num_classes, self.config.eval.top_k, parts)
 
     def abstract_metrics(self) -> Any:
         return abstract(jax.eval_shape(self.empty_metrics), replicated(self.mesh))
@@ -234,12 +235,17 @@ def _create_recipe(
         **_options(config.optimizer, "name", "learning_rate", "accumulate", "ema_decay"),
     )
     weights = class_weights(
-        config.loss.class_weights, counts, config.loss.class_weight_values or ()
+        config.loss.class_weights,
+        counts,
+        values=config.loss.class_weight_values or (),
+        beta=config.loss.beta,
     )
     loss = create_loss(
         config.loss.name,
         class_weights=weights,
-        **_options(config.loss, "name", "class_weights", "class_weight_values", "reduction"),
+        **_options(
+            config.loss, "name", "class_weights", "class_weight_values", "beta", "reduction"
+        ),
     )
     return Recipe(
         model=create_model(config.model.name, len(counts), **model_options(config)),
@@ -458,7 +464,8 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
 
 def _check_monitors(config: ConfigDict, dataset: Dataset) -> None:
     """Refuses to watch what will not be measured."""
-    known = metrics.compute(metrics.empty(len(dataset.class_names), config.eval.top_k))
+    parts = parts_of(config.loss.name)
+    known = metrics.compute(metrics.empty(len(dataset.class_names), config.eval.top_k, parts))
     names = [name for name, value in known.items() if not isinstance(value, list)]
     watched = {"train.best_by": config.train.best_by, "schedule.monitor": config.schedule.monitor}
     if config.train.patience:

@@ -15,6 +15,7 @@ from flaxcls.data import load as load_module
 from flaxcls.data import splits
 from flaxcls.data.dataset import SPLITS
 from flaxcls.errors import InputError, did_you_mean
+from flaxcls.losses import distance, entropy
 from flaxcls.models.registry import model_options
 from flaxcls.ops.backend import BACKENDS
 
@@ -184,6 +185,10 @@ def test_a_key_of_a_choice_can_be_given_on_the_command_line(selector, choice, ke
         "data.channels": "3",
         "schedule.monitor": "train/loss",
         "normalize.std": "(0.5,)",
+        "loss.form": "sigmoid",
+        "loss.kl_reduction": "mean",
+        "loss.activation": "softmax",
+        "loss.p": "2",
     }.get(path, EXAMPLES[config.key_types()[path]])
     more = ["--config.data.path=x"] if path.startswith("data.") else []
     if selector == "normalize.name":
@@ -222,12 +227,20 @@ def test_a_number_out_of_its_range_is_named(path):
 def test_an_unknown_choice_is_named_with_what_there_is(path):
     if path == "data.channels":
         wrong, near = 2, "choose one of 1, 3"
+    elif path == "loss.p":
+        wrong, near = 3, "choose one of 1, 2"
     else:
         known = config.CHOICES[path] if path in config.CHOICES else list(config.BRANCHES[path])
         longest = max(known, key=len)
         wrong, near = longest[:-1] + "_", f"did you mean {longest!r}"
-    more = {"data__source": "image_folder", "data__path": "x"} if path == "data.on_bad" else {}
-    c = lenet(**more, **{path.replace(".", "__", 1): wrong})
+    more = {
+        "data.on_bad": {"data__source": "image_folder", "data__path": "x"},
+        "loss.form": {"loss__name": "focal"},
+        "loss.kl_reduction": {"loss__name": "kl_divergence"},
+        "loss.activation": {"loss__name": "mse"},
+        "loss.p": {"loss__name": "multi_margin"},
+    }
+    c = lenet(**more.get(path, {}), **{path.replace(".", "__", 1): wrong})
     with pytest.raises(InputError, match=f"^{path}: unknown value {wrong!r}; {near}"):
         config.resolve(c)
 
@@ -243,6 +256,8 @@ def test_an_unknown_choice_is_named_with_what_there_is(path):
         ({"train__best_by": "accuracy"}, "train.best_by: 'accuracy' is not a monitor"),
         ({"train__stop_by": "test/loss"}, "train.stop_by: 'test/loss' is not a monitor"),
         ({"schedule__warmup_epochs": 31.0}, "is longer than train.epochs"),
+        ({"loss__name": "hierarchical", "augment__mixup": 0.2}, "augment.cutmix mix away; set"),
+        ({"loss__name": "hierarchical", "augment__cutmix": 1.0}, "augment.cutmix mix away; set"),
     ],
 )
 def test_impossible_combinations_are_refused(values, said):
@@ -310,7 +325,9 @@ def test_losses_have_the_keys_that_they_take():
     branches = config.BRANCHES["loss.name"]
     assert set(branches) == set(losses.LOSSES)
     for name, function in losses.LOSSES.items():
-        assert set(branches[name]) == keywords(function, "class_weights"), name
+        assert set(branches[name]) == keywords(function, "class_weights", "parents"), name
+        for option, value in branches[name].items():
+            assert inspect.signature(function).parameters[option].default == value, option
     assert tuple(config.BRANCHES["loss.class_weights"]) == losses.CLASS_WEIGHTS
 
 
@@ -336,6 +353,10 @@ def test_sources_have_the_keys_that_they_take():
 def test_choices_are_those_of_the_rooms():
     assert config.CHOICES["data.split_mode"] == splits.MODES
     assert config.CHOICES["ops.backend"] == BACKENDS
+    assert config.CHOICES["loss.form"] == entropy.FOCAL_FORMS
+    assert config.CHOICES["loss.kl_reduction"] == entropy.KL_REDUCTIONS
+    assert config.CHOICES["loss.activation"] == distance.ACTIVATIONS
+    assert config.CHOICES["loss.p"] == distance.MARGIN_POWERS
     assert set(config.CHOICES["eval.split"]) == {*SPLITS, "all"}
 
 

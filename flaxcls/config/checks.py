@@ -15,6 +15,10 @@ CHOICES = {
     "data.placement": ("auto", "device", "host", "files"),
     "data.on_bad": ("error", "skip"),
     "data.channels": (1, 3),
+    "loss.form": ("softmax", "sigmoid"),
+    "loss.kl_reduction": ("batchmean", "mean"),
+    "loss.activation": ("none", "softmax"),
+    "loss.p": (1, 2),
     "loss.reduction": ("mean", "sum"),
     "eval.split": ("train", "val", "test", "all"),
     "precision": ("float32", "bfloat16", "float64"),
@@ -69,6 +73,7 @@ ELEMENTS: dict[str, type] = {
     "augment.erasing_area": float,
     "augment.erasing_ratio": float,
     "data.classes": str,
+    "loss.alpha": float,
     "loss.class_weight_values": float,
     "normalize.mean": float,
     "normalize.std": float,
@@ -205,6 +210,11 @@ def _check_combinations(c: ConfigDict) -> None:
         raise InputError(
             "normalize.mean and normalize.std must both be given with normalize.name = 'values', "
             "for example --config.normalize.mean='(0.5,)' --config.normalize.std='(0.5,)'"
+        )
+    if c.loss.name == "hierarchical" and (c.augment.mixup or c.augment.cutmix):
+        raise InputError(
+            "loss.name = 'hierarchical' needs the child and the parent of each image, which "
+            "augment.mixup and augment.cutmix mix away; set both to 0 or choose another loss"
         )
     for path in ("train.stop_by", "train.best_by", "schedule.monitor"):
         check_monitor(path, _get(c, path))

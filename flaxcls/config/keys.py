@@ -73,11 +73,24 @@ def default() -> ConfigDict:
     c.normalize.std = placeholder(tuple)
 
     c.loss = ConfigDict()
+    # cross_entropy, focal, kl_divergence, mse, multi_margin, hierarchical (child and parent)
     c.loss.name = "cross_entropy"
     c.loss.label_smoothing = placeholder(float)
+    c.loss.form = placeholder(str)  # focal: softmax, or sigmoid (a binary loss a class, summed)
+    c.loss.alpha = placeholder(tuple)  # focal: factor, one number or one a class; (): 1
+    c.loss.gamma = placeholder(float)  # focal: the more, the less easy examples count
+    c.loss.kl_reduction = placeholder(str)  # batchmean, or mean over all examples and classes
+    c.loss.activation = placeholder(str)  # mse, of what: none (the logits), softmax
+    c.loss.margin = placeholder(float)  # multi_margin
+    c.loss.p = placeholder(int)  # multi_margin: power of the hinge, 1 or 2
+    c.loss.child_weight = placeholder(float)  # hierarchical: cross-entropy of the child ...
+    c.loss.parent_weight = placeholder(float)  # ... and of its parent
+    c.loss.kl_weight = placeholder(float)  # ... and divergence from the parent's children
     c.loss.reduction = "mean"  # mean, or sum over the batch
-    c.loss.class_weights = "none"  # none, balanced, complement (1 - n_c / N), values
+    # none, balanced, complement (1 - n_c / N), effective_number, values
+    c.loss.class_weights = "none"
     c.loss.class_weight_values = placeholder(tuple)  # values: one number a class
+    c.loss.beta = placeholder(float)  # effective_number: 0 to 1; more weighs rare classes more
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "sgd"  # sgd, adam, adamw, rmsprop
@@ -165,11 +178,25 @@ BRANCHES: dict[str, dict[str, dict[str, Any]]] = {
         "none": {},
         "values": {"mean": (), "std": ()},
     },
-    "loss.name": {"cross_entropy": {"label_smoothing": 0.0}},
+    "loss.name": {
+        "cross_entropy": {"label_smoothing": 0.0},
+        "focal": {"form": "softmax", "alpha": (), "gamma": 2.0},
+        "kl_divergence": {"label_smoothing": 0.0, "kl_reduction": "batchmean"},
+        "mse": {"activation": "none"},
+        "multi_margin": {"margin": 1.0, "p": 1},
+        "hierarchical": {
+            "label_smoothing": 0.0,
+            "child_weight": 1.0,
+            "parent_weight": 1.0,
+            "kl_weight": 1.0,
+            "kl_reduction": "batchmean",
+        },
+    },
     "loss.class_weights": {
         "none": {},
         "balanced": {},
         "complement": {},
+        "effective_number": {"beta": 0.999},
         "values": {"class_weight_values": ()},
     },
     "optimizer.name": {
