@@ -118,6 +118,13 @@ def gradients(module, params):
     return unflatten_dict(flat)
 
 
+# torch.nn.LSTM counts layers from 0 and calls the input's and the hidden state's parameters so.
+for _i in (1, 2):
+    for _ours, _theirs in (("input", "ih"), ("hidden", "hh")):
+        TORCH_NAMES[f"{_ours}{_i}_kernel"] = f"weight_{_theirs}_l{_i - 1}"
+        TORCH_NAMES[f"{_ours}{_i}_bias"] = f"bias_{_theirs}_l{_i - 1}"
+
+
 def _torch_name(path):
     return ".".join((*path[:-1], TORCH_NAMES.get(path[-1], path[-1])))
 

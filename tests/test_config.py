@@ -333,7 +333,10 @@ def test_losses_have_the_keys_that_they_take():
 
 def test_models_have_the_keys_that_they_take():
     options = {option for name in models.list_models() for option in model_options(name)}
-    assert set(config.default().model) == {"name"} | options - {"dtype", "param_dtype"}
+    assert set(config.default().model) == {"name"} | options - {
+        *("dtype", "param_dtype"),  # of precision
+        "num_parents",  # of the data
+    }
 
 
 def test_augmentation_has_the_keys_and_the_defaults_that_it_takes():

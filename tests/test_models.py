@@ -17,8 +17,27 @@ from flaxcls.models.layers import Layers
 from flaxcls.models.vgg import VGG, VGGClassifier
 
 VGGS = ["vgg11", "vgg13", "vgg16", "vgg16c", "vgg19"]
-SMALLEST = dict.fromkeys(VGGS, 32) | {"lenet": 16, "fashion_net0": 12}
-HEADS = {name: ("classifier", "head") if name in VGGS else ("head",) for name in SMALLEST}
+SHOPEE = ["attention_cnn", "baseline_cnn", "local_attention_cnn"]
+SMALLEST = dict.fromkeys([*VGGS, "vgg16_residual_cam", "residual_cam"], 32)
+SMALLEST |= dict.fromkeys([*SHOPEE, "lenet", "like_vgg", "fashion_net1", "expanding_cnn"], 16)
+SMALLEST |= {"fashion_net0": 12, "fashion_net2": 10, "ts_cnn": 27, "ai_inno_cnn": 24}
+# Without a smallest size, or with another rule.
+ANY_SIZE = ["googlenet", "hierarchical", "hierarchical_resnet18", "lstm_cnn"]
+ANY_SIZE += ["resnet18", "resnet34", "resnet50"]
+GREY = [
+    "ai_inno_cnn",
+    "fashion_net0",
+    "fashion_net1",
+    "fashion_net2",
+    "lenet",
+    "like_vgg",
+    "ts_cnn",
+]
+# Where the layer of the logits is, if not in `head`.
+HEADS = dict.fromkeys([*VGGS, "residual_cam", "vgg16_residual_cam"], ("classifier", "head"))
+CALTECH = (256, 256, 3)
+SKETCH = (28, 28, 1)
+PHOTO = (224, 224, 3)
 
 
 def abstract_variables(model, *shape):
@@ -34,24 +53,56 @@ def count(tree):
 
 def test_every_name_is_listed_and_made():
     assert models.list_models() == sorted(models.registry)
-    assert models.list_models("vgg*") == VGGS
+    assert models.list_models("vgg??") == [n for n in VGGS if n != "vgg16c"]
     assert models.list_models("resnext*") == []
+    assert sorted([*SMALLEST, *ANY_SIZE]) == models.list_models()
     for name in models.list_models():
-        assert abstract_variables(models.create_model(name, 2), 1, 32, 32, 3)
+        for channels in (1, 3):
+            assert abstract_variables(models.create_model(name, 2), 1, 32, 32, channels)
 
 
 @pytest.mark.parametrize(
     ("name", "classes", "shape", "options", "params"),
     [
-        ("vgg11", 3, (256, 256, 3), {}, 160_241_411),
-        ("vgg13", 3, (256, 256, 3), {}, 160_426_307),
-        ("vgg16c", 3, (256, 256, 3), {}, 161_019_971),
-        ("vgg16", 3, (256, 256, 3), {}, 165_738_563),
-        ("vgg19", 3, (256, 256, 3), {}, 171_050_819),
+        ("baseline_cnn", 9, PHOTO, {}, 295_641),
+        ("lstm_cnn", 9, PHOTO, {}, 295_961),
+        ("lstm_cnn", 9, PHOTO, {"biases": 1}, 295_929),
+        ("attention_cnn", 9, PHOTO, {}, 314_011),
+        ("local_attention_cnn", 9, PHOTO, {}, 345_433),
+        ("expanding_cnn", 3, CALTECH, {"depth": 1, "expansion": "add13"}, 67_111_139),
+        ("expanding_cnn", 3, CALTECH, {"depth": 2, "expansion": "add13"}, 30_422_666),
+        ("expanding_cnn", 3, CALTECH, {"depth": 3, "expansion": "add13"}, 11_054_586),
+        ("expanding_cnn", 3, CALTECH, {"depth": 4, "expansion": "add13"}, 3_706_933),
+        ("expanding_cnn", 3, CALTECH, {"depth": 1, "expansion": "double"}, 25_167_319),
+        ("expanding_cnn", 3, CALTECH, {"depth": 2, "expansion": "double"}, 12_586_243),
+        ("expanding_cnn", 3, CALTECH, {"depth": 3, "expansion": "double"}, 6_302_059),
+        ("expanding_cnn", 3, CALTECH, {"depth": 4, "expansion": "double"}, 2_391_607),
+        ("expanding_cnn", 3, CALTECH, {"depth": 1, "expansion": "triple"}, 37_750_465),
+        ("expanding_cnn", 3, CALTECH, {"depth": 2, "expansion": "triple"}, 28_319_437),
+        ("expanding_cnn", 3, CALTECH, {"depth": 3, "expansion": "triple"}, 21_296_467),
+        ("expanding_cnn", 3, CALTECH, {"depth": 4, "expansion": "triple"}, 6_413_819),
+        ("vgg11", 3, CALTECH, {}, 160_241_411),
+        ("vgg13", 3, CALTECH, {}, 160_426_307),
+        ("vgg16c", 3, CALTECH, {}, 161_019_971),
+        ("vgg16", 3, CALTECH, {}, 165_738_563),
+        ("vgg19", 3, CALTECH, {}, 171_050_819),
+        ("googlenet", 3, CALTECH, {}, 5_986_899),
+        # torchvision's table of weights, auxiliary heads left out.
+        ("googlenet", 1000, PHOTO, {"variant": "torchvision"}, 6_624_904),
+        ("hierarchical_resnet18", 37, PHOTO, {}, 11_176_512 + 287_783),
+        ("resnet18", 37, PHOTO, {}, 11_195_493),
+        ("resnet34", 1000, PHOTO, {}, 21_797_672),
+        ("resnet50", 200, PHOTO, {}, 23_917_832),
         ("vgg16", 200, (32, 32, 3), {"pool_size": 7, "dropout": 0.5}, 135_088_392),
-        ("vgg16", 10, (224, 224, 3), {"pool_size": 7, "dropout": 0.5}, 134_309_962),
-        ("lenet", 200, (28, 28, 1), {}, 119_764),
-        ("fashion_net0", 10, (28, 28, 1), {}, 6_617_994),
+        ("vgg16", 10, PHOTO, {"pool_size": 7, "dropout": 0.5}, 134_309_962),
+        ("vgg16_residual_cam", 10, PHOTO, {}, 134_315_092),
+        ("lenet", 200, SKETCH, {}, 119_764),
+        ("ts_cnn", 200, SKETCH, {}, 874_256),
+        ("like_vgg", 200, SKETCH, {}, 1_319_976),
+        ("ai_inno_cnn", 200, SKETCH, {}, 517_264),
+        ("fashion_net0", 10, SKETCH, {}, 6_617_994),
+        ("fashion_net1", 10, SKETCH, {}, 186_302),
+        ("fashion_net2", 10, SKETCH, {}, 13_149_716),
     ],
 )
 def test_published_parameter_counts(name, classes, shape, options, params):
@@ -66,10 +117,10 @@ def test_without_batch_norm_there_are_no_statistics():
     assert not [name for name in variables["params"]["trunk"] if name.startswith("norm")]
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", models.list_models())
 def test_the_last_layer_is_the_head(name):
     params = abstract_variables(models.create_model(name, 7), 1, 32, 32, 3)["params"]
-    for part in HEADS[name]:
+    for part in HEADS.get(name, ("head",)):
         params = params[part]
     assert params["kernel"].shape[-1] == params["bias"].shape[0] == 7
 
@@ -85,7 +136,7 @@ def layers_of(tree, path=()):
 
 
 def start(name, **options):
-    size, channels = (32, 3) if name in VGGS else (28, 1)
+    size, channels = (28, 1) if name in GREY else (32, 3)
     model = models.create_model(name, 10, **options)
     images = jnp.zeros((1, size, size, channels))
     # In a third of the time that it takes to compile with the default keys and options.
@@ -130,9 +181,51 @@ def test_flax_start_is_flax_linens():
         assert not np.any(bias)
 
 
-@pytest.mark.parametrize(
-    ("name", "init"), [("lenet", "pytorch"), ("fashion_net0", "pytorch"), ("vgg11", "torchvision")]
-)
+def test_torchvision_start_of_resnet_and_googlenet():
+    """torchvision/models/resnet.py and googlenet.py; denses of the first are PyTorch's own."""
+    params = start("resnet18")
+    fan_out = 9 * 512
+    kernel = np.asarray(params["trunk"]["stage4_block2"]["conv2"]["kernel"])
+    assert kernel.std() == pytest.approx((2 / fan_out) ** 0.5, rel=0.02)
+    assert np.abs(kernel).max() > 3.5 * (2 / fan_out) ** 0.5
+    assert_fills(params["head"]["kernel"], 512**-0.5)
+    assert_fills(params["head"]["bias"], 512**-0.5)
+
+    params = start("googlenet", init="torchvision", variant="torchvision")
+    for kernel in (
+        params["trunk"]["inception5b"]["three"]["conv"]["kernel"],
+        params["head"]["kernel"],
+    ):
+        assert np.std(kernel) == pytest.approx(0.01, rel=0.03)
+
+
+def test_start_of_the_lstm_is_pytorchs():
+    """All of torch.nn.LSTM's parameters are uniform in +-1/sqrt(hidden size)."""
+    lstm = start("lstm_cnn")["lstm"]
+    assert len(lstm) == 8
+    values = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(lstm)])
+    assert_fills(values, 0.5)
+    assert np.abs(values).max() > 0.45
+
+
+def test_start_of_local_attention():
+    """Kernels Kaiming-normal by fan-out, offsets from N(0, 1)."""
+    attention = start("local_attention_cnn")["trunk"]["attention"]
+    for name in ("query", "key", "value"):
+        assert np.std(attention[name]["kernel"]) == pytest.approx((2 / 128) ** 0.5, rel=0.03)
+    offsets = np.stack([attention["row_offsets"], attention["column_offsets"]])
+    assert offsets.shape == (2, 3, 64)
+    assert offsets.std() == pytest.approx(1, rel=0.15)
+
+
+STARTS = {
+    "torchvision": ["resnet18", "resnet50", "vgg11", "vgg16_residual_cam"],
+    "kaiming_uniform": ["ai_inno_cnn", "like_vgg", "ts_cnn"],
+    "pytorch": [*SHOPEE, "expanding_cnn", "fashion_net0", "fashion_net2", "googlenet", "lenet"],
+}
+
+
+@pytest.mark.parametrize(("name", "init"), [(n, init) for init in STARTS for n in STARTS[init]])
 def test_models_start_as_published_by_default(name, init):
     assert models.create_model(name, 2) == models.create_model(name, 2, init=init)
 
@@ -199,6 +292,68 @@ def test_backends_share_variables_and_agree():
         assert np.abs(a - b).max() < 1e-4 * np.abs(b).max()
 
 
+@pytest.mark.parametrize("name", [n for n in models.list_models() if n not in VGGS[1:]])
+def test_bfloat16_and_captured_features(name):
+    """Logits stay float32, and the final features can be had by name."""
+    size, channels = (28, 1) if name in GREY else (32, 3)
+    model = models.create_model(name, 3, dtype="bfloat16")
+    image = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+    variables = abstract_variables(model, *image.shape)
+    output, captured = jax.eval_shape(
+        partial(model.apply, train=False, mutable=["intermediates"]), variables, image
+    )
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(output)} == {"float32"}
+    assert set(variables) <= {"params", "batch_stats"}
+    captured = captured["intermediates"]
+    (features,) = captured.get("features") or captured["trunk"]["features"]
+    assert features.dtype == jnp.bfloat16
+    assert features.ndim == 4
+
+
+@pytest.mark.parametrize("name", [n for n in models.list_models() if n not in VGGS[1:]])
+def test_without_classes_a_model_gives_its_features(name):
+    size, channels = (28, 1) if name in GREY else (32, 3)
+    model = models.create_model(name, 0)
+    image = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+    variables = abstract_variables(model, *image.shape)
+    assert "head" not in variables["params"]
+    features = jax.eval_shape(partial(model.apply, train=False), variables, image)
+    assert features.ndim == 2
+
+
+def test_hierarchical_logits_are_named():
+    model = models.create_model("hierarchical", 7, trunk="like_vgg", num_parents=3)
+    image = jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
+    output = jax.eval_shape(model.apply, abstract_variables(model, *image.shape), image)
+    assert output.child.shape == (2, 7)
+    assert output.parent.shape == (2, 3)
+
+
+def test_a_trunk_without_a_map_is_refused():
+    with pytest.raises(InputError, match="attention_cnn has no final feature map"):
+        abstract_variables(
+            models.create_model("residual_cam", 3, trunk="attention_cnn"), 1, 32, 32, 3
+        )
+
+
+@pytest.mark.parametrize(("size", "smallest"), [(24, 32), (48, 32)])
+def test_maps_that_do_not_divide_into_patches_are_refused(size, smallest):
+    with pytest.raises(InputError, match=f"{size}x{size}.*smallest.* {smallest}x{smallest}"):
+        abstract_variables(models.create_model("lstm_cnn", 3), 1, size, size, 3)
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(InputError, match="128 channels do not divide into 3 heads"):
+        abstract_variables(models.create_model("local_attention_cnn", 3, heads=3), 1, 32, 32, 3)
+
+
+def test_torchvisions_googlenet_has_a_smallest_image():
+    model = models.create_model("googlenet", 3, variant="torchvision")
+    abstract_variables(model, 1, 15, 15, 3)
+    with pytest.raises(InputError, match=r"14x14 pixels.*15x15"):
+        abstract_variables(model, 1, 14, 14, 3)
+
+
 def test_dropout_acts_in_training_only():
     layers = Layers("flax", dtype=None, param_dtype=jnp.float32)
     classifier = VGGClassifier(4, head_width=64, dropout=0.5, layers=layers)
@@ -245,6 +400,23 @@ def test_a_single_image_without_a_batch_is_refused():
         ("vgg13", 3, {"pool_size": 0}, "model.pool_size: 0 is not possible; give None or"),
         ("vgg13", 3, {"batch_norm": "no"}, "model.batch_norm: 'no' is not possible; give True"),
         ("vgg13", 3, {"init": "xavier"}, "give one of flax, pytorch, kaiming_uniform, torchvision"),
+        (
+            "expanding_cnn",
+            3,
+            {"depth": 5},
+            "model.depth: 5 is not possible; give one of 1, 2, 3, 4",
+        ),
+        ("expanding_cnn", 3, {"depth": True}, "model.depth: True is not possible"),
+        ("expanding_cnn", 3, {"expansion": "add"}, "give one of add13, double, triple"),
+        ("googlenet", 3, {"variant": "v3"}, "give one of published, torchvision"),
+        ("lstm_cnn", 3, {"biases": 3}, "model.biases: 3 is not possible; give one of 1, 2"),
+        ("local_attention_cnn", 3, {"heads": 0}, "give None or a whole number of at least 1"),
+        (
+            "hierarchical_resnet18",
+            3,
+            {"trunk": "vgg11"},
+            "model.trunk: hierarchical_resnet18 has no",
+        ),
         ("vgg13", 3, {"dtype": "float31"}, "model.dtype: 'float31' is no floating dtype"),
         ("vgg13", 3, {"dtype": "int32"}, "model.dtype: 'int32' is no floating dtype"),
         ("vgg13", 3, {"param_dtype": None}, "model.param_dtype: None is no floating dtype"),

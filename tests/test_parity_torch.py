@@ -1,7 +1,5 @@
 """Models and operators give PyTorch's values and gradients with PyTorch's weights."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,14 @@ from flaxcls import models, ops
 torch = pytest.importorskip("torch", reason="the reference is PyTorch, which is not installed")
 
 import reference_torch as reference  # noqa: E402
+from parity import (  # noqa: E402
+    assert_same_gradients,
+    logits_of,
+    nchw,
+    quick_jit,
+    random_variables,
+    relative_error,
+)
 
 CLASSES = 5
 WIDTH = 64
@@ -22,36 +28,6 @@ CONVS = {
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
 }
-# Half the time to compile, the same XLA operators.
-QUICK = {"xla_backend_optimization_level": 0}
-quick_jit = partial(jax.jit, compiler_options=ops.compiler_options() | QUICK)
-
-
-@pytest.fixture
-def x64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
-
-
-def random_variables(model, images, dtype, seed=0):
-    """Variables of the model with every leaf random, so that none can hide behind a 0 or 1."""
-    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        kind = path[-1].key
-        if kind in ("scale", "var"):
-            values = rng.uniform(0.5, 1.5, leaf.shape)
-        elif kind == "kernel":
-            fan_in = np.prod(leaf.shape[:-1])
-            values = rng.normal(0, (2 / fan_in) ** 0.5, leaf.shape)
-        else:
-            values = rng.normal(0, 0.1, leaf.shape)
-        return values.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def pair(name, batch, size, dtype, **options):
@@ -70,23 +46,6 @@ def pair(name, batch, size, dtype, **options):
     twin = twin.to(getattr(torch, dtype))
     reference.load(twin, variables)
     return model, variables, twin, images
-
-
-def nchw(images):
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-
-
-def relative_error(ours, theirs):
-    ours, theirs = np.asarray(ours, np.float64), theirs.detach().numpy().astype(np.float64)
-    return np.abs(ours - theirs).max() / np.abs(theirs).max()
-
-
-def logits_of(model, variables, images, train):
-    @partial(jax.jit, compiler_options=ops.compiler_options())
-    def run(variables, images):
-        return model.apply(variables, images, train=train, mutable=["batch_stats"])
-
-    return run(variables, images)
 
 
 @pytest.mark.parametrize(
@@ -134,30 +93,7 @@ def test_float32_logits_and_statistics_in_training():
 def test_float64_parameter_gradients_in_training(x64, name, size, options):
     """16 images of 32x32 leave 64 values a channel to the last BatchNorms, of 2x2 maps."""
     model, variables, twin, images = pair(name, 16, size, "float64", **options)
-    labels = np.arange(len(images)) % CLASSES
-
-    @quick_jit
-    def gradients(params, stats):
-        def loss(params):
-            variables = {"params": params, "batch_stats": stats}
-            logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
-            chosen = jax.nn.log_softmax(logits)[jnp.arange(len(images)), labels]
-            return -chosen.mean()
-
-        return jax.grad(loss)(params)
-
-    ours = gradients(variables["params"], variables.get("batch_stats", {}))
-    loss = torch.nn.functional.cross_entropy(twin.train()(nchw(images)), torch.from_numpy(labels))
-    loss.backward()
-    theirs = reference.gradients(twin, variables["params"])
-
-    assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(ours))
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
-    # A bias in front of BatchNorm has no gradient but rounding: the floor is the tree's.
-    errors = jax.tree.map(
-        lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-3 * largest), ours, theirs
-    )
-    assert max(jax.tree.leaves(errors)) < 1e-8, errors
+    assert_same_gradients(model, variables, twin, images)
 
 
 @pytest.mark.parametrize("backend", ["xla", "flax"])

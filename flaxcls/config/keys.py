@@ -28,6 +28,16 @@ def default() -> ConfigDict:
     c.model.head_width = placeholder(int)  # width of the hidden dense layers
     c.model.dropout = placeholder(float)
     c.model.pool_size = placeholder(int)  # adaptive average pooling in front of the classifier
+    c.model.depth = placeholder(int)  # expanding_cnn: convolutions, 1 to 4
+    c.model.expansion = placeholder(str)  # expanding_cnn: add13, double, triple
+    c.model.variant = placeholder(str)  # googlenet: published, torchvision
+    c.model.patch_size = placeholder(int)  # lstm_cnn: pixels
+    c.model.lstm_layers = placeholder(int)  # lstm_cnn
+    c.model.last_pool = placeholder(bool)  # lstm_cnn: the pool after the trunk
+    c.model.biases = placeholder(int)  # lstm_cnn: 2 a gate, as published, or 1
+    c.model.heads = placeholder(int)  # local_attention_cnn: None, as many as channels
+    c.model.trunk = placeholder(str)  # hierarchical, residual_cam: a model's name
+    c.model.cam_dropout = placeholder(float)  # residual_cam: of what its maps are drawn from
 
     c.data = ConfigDict()
     c.data.source = "digits"  # digits, idx, image_folder, npy, npz, tfds

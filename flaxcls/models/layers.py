@@ -47,7 +47,8 @@ _scaling = nn.initializers.variance_scaling
 
 # flax's own default; PyTorch's default, which is kaiming_uniform with a = sqrt(5), weights and
 # biases in +-1/sqrt(fan_in); weights in +-sqrt(6/fan_in); and torchvision's VGG, which is also
-# what `torchvision` means for networks that torchvision does not have.
+# what `torchvision` means for networks that torchvision does not have. Its ResNet and GoogLeNet
+# start in ways of their own.
 INITIALISATIONS = {
     "flax": Initialisation(
         conv=nn.initializers.lecun_normal(), dense=nn.initializers.lecun_normal(), bias=_zeros
@@ -65,6 +66,15 @@ INITIALISATIONS = {
     "torchvision": Initialisation(
         conv=_scaling(2.0, "fan_out", "normal"), dense=nn.initializers.normal(0.01), bias=_zeros
     ),
+    "torchvision_resnet": Initialisation(
+        conv=_scaling(2.0, "fan_out", "normal"),
+        dense=_scaling(1 / 3, "fan_in", "uniform"),
+        bias=_uniform_bias,
+    ),
+    # Truncated at 200 standard deviations there, that is not at all.
+    "torchvision_googlenet": Initialisation(
+        conv=nn.initializers.normal(0.01), dense=nn.initializers.normal(0.01), bias=_uniform_bias
+    ),
 }
 
 
@@ -79,7 +89,7 @@ class Layers:
     Called inside a model's `__call__`, each method adds one layer under `name` and applies it.
 
     Attributes:
-      init: a key of `INITIALISATIONS`.
+      init: a key of `INITIALISATIONS`: one of `INIT_CHOICES`, or what a family makes of it.
       dtype: dtype of the computation; None: what input and parameters promote to.
       param_dtype: dtype of the parameters.
     """
@@ -140,16 +150,27 @@ class Layers:
             name=name,
         )(x)
 
-    def batch_norm(self, x: jax.Array, train: bool, *, name: str) -> jax.Array:
+    def batch_norm(
+        self, x: jax.Array, train: bool, *, name: str, epsilon: float = 1e-5
+    ) -> jax.Array:
         """x (N, H, W, C) -> the same shape, by the batch's statistics if `train`."""
-        return ops.BatchNorm(dtype=self.dtype, param_dtype=self.param_dtype, name=name)(
-            x, use_running_average=not train
-        )
+        return ops.BatchNorm(
+            epsilon=epsilon, dtype=self.dtype, param_dtype=self.param_dtype, name=name
+        )(x, use_running_average=not train)
+
+    def dropout(self, x: jax.Array, rate: float, train: bool) -> jax.Array:
+        """x of any shape -> the same, a share `rate` of it zero and the rest scaled if `train`."""
+        return nn.Dropout(rate, deterministic=not train)(x)
 
 
 def flatten(x: jax.Array) -> jax.Array:
     """x (N, H, W, C) -> (N, H * W * C), rows first and channels last."""
     return x.reshape(x.shape[0], -1)
+
+
+def global_mean(x: jax.Array) -> jax.Array:
+    """x (N, H, W, C) -> its mean over space, (N, C), summed in at least float32."""
+    return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
 
 
 def check_images(images: jax.Array, model: str, smallest: int) -> None:

@@ -2,7 +2,7 @@
 
 import fnmatch
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -38,10 +38,18 @@ def register(
     name: str,
     factory: Callable[..., nn.Module],
     trunk: Callable[..., nn.Module] | None = None,
-    **rules: Rule,
+    rules: Mapping[str, Rule] | None = None,
 ) -> None:
-    """Enters a model under `name`; `rules` are those of options that other models do not have."""
-    registry[name] = Entry(factory, trunk, rules)
+    """Enters a model under `name`.
+
+    Args:
+      name: as `create_model` takes it.
+      factory: a module class, or a `functools.partial` of one, whose fields are `num_classes` and
+        the options with their defaults; the option `init` is the field `initialisation`.
+      trunk: a module class, or a partial of one, with the field `layers`, if there is a final map.
+      rules: what the values of options may be that neither `options.COMMON` nor their type tells.
+    """
+    registry[name] = Entry(factory, trunk, dict(rules or {}))
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -64,13 +72,16 @@ def model_options(name: str) -> dict[str, Any]:
     }
 
 
-def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
+def create_model(
+    name: str, num_classes: int, *, module_name: str | None = None, **options: Any
+) -> nn.Module:
     """Make the model `name`; options left out take the values it was published with.
 
     Args:
       name: one of `list_models()`.
       num_classes: classes; 0 gives the network without its last layer, whose output are the
         features that this layer sees, (N, F).
+      module_name: its name as a part of another module.
       **options: those of `model_options(name)`; dtypes may be given by name.
 
     Returns:
@@ -98,7 +109,7 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         checked["initialisation"] = checked.pop("init")
     if num_classes != 0 or isinstance(num_classes, bool):
         check("num_classes", num_classes, COMMON["num_classes"])
-    return entry.factory(num_classes=num_classes, **checked)
+    return entry.factory(num_classes=num_classes, name=module_name, **checked)
 
 
 def create_trunk(name: str, layers: Layers, *, module_name: str = "trunk") -> nn.Module:

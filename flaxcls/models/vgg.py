@@ -74,7 +74,7 @@ class VGGClassifier(nn.Module):
         """x (N, F) -> logits (N, num_classes), at least float32."""
         for i in (1, 2):
             x = nn.relu(self.layers.dense(x, self.head_width, name=f"dense{i}"))
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = self.layers.dropout(x, self.dropout, train)
         return self.layers.logits(x, self.num_classes)
 
 

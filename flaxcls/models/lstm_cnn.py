@@ -1,0 +1,155 @@
+"""The product photos' network that reads patches of its feature maps as one sequence."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+
+from flaxcls.errors import InputError
+from flaxcls.models.baseline_cnn import BaselineTrunk
+from flaxcls.models.layers import INITIALISATIONS, Layers, global_mean
+from flaxcls.models.options import one_of
+from flaxcls.models.registry import register
+
+
+class LSTM(nn.Module):
+    """Stacked LSTM layers (Hochreiter and Schmidhuber 1997) in PyTorch's form.
+
+    All layers run in one scan over the sequence. The first layer's input projection does not
+    depend on the scan, and is one matmul for the whole sequence in front of it.
+
+    Attributes:
+      layers: the parameters' initialisation and precision; `init` sees a fan-in of `features`.
+      features: size of hidden and cell state.
+      depth: stacked layers.
+      biases: 2 for PyTorch's, one for the input and one for the hidden state, whose sum counts;
+        1 for their sum alone.
+    """
+
+    layers: Layers
+    features: int
+    depth: int
+    biases: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (N, T, F) -> the last layer's hidden states, (N, T, features)."""
+        start = INITIALISATIONS[self.layers.init]
+        bias_start, width = start.bias(self.features), 4 * self.features
+        # Gates in PyTorch's order: input, forget, cell, output.
+        to_gates, recurrent = [], []
+        for i in range(1, self.depth + 1):
+            sources = x.shape[-1] if i == 1 else self.features
+
+            def parameter(name: str, init: Any, *shape: int) -> jax.Array:
+                return self.param(name, init, shape, self.layers.param_dtype)
+
+            kernel = parameter(f"input{i}_kernel", start.dense, sources, width)
+            bias = parameter(f"input{i}_bias", bias_start, width)
+            if self.biases == 2:
+                bias = bias + parameter(f"hidden{i}_bias", bias_start, width)
+            to_gates.append((kernel, bias))
+            recurrent.append(parameter(f"hidden{i}_kernel", start.dense, self.features, width))
+        x, to_gates, recurrent = jax.tree.map(
+            lambda leaf: promote_dtype(leaf, dtype=self.layers.dtype)[0], (x, to_gates, recurrent)
+        )
+
+        def step(states, projected):
+            new_states: list[tuple[jax.Array, jax.Array]] = []
+            gates = projected
+            for i, (hidden, cell) in enumerate(states):
+                if i:
+                    kernel, bias = to_gates[i]
+                    gates = new_states[-1][0] @ kernel + bias
+                new_states.append(_cell(gates + hidden @ recurrent[i], cell))
+            return new_states, new_states[-1][0]
+
+        kernel, bias = to_gates[0]
+        projected = x @ kernel + bias
+        zeros = jnp.zeros((x.shape[0], self.features), projected.dtype)
+        _, hidden = jax.lax.scan(step, [(zeros, zeros)] * self.depth, jnp.swapaxes(projected, 0, 1))
+        return jnp.swapaxes(hidden, 0, 1)
+
+
+def _cell(gates: jax.Array, cell: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """gates (N, 4 F) and cell (N, F) -> the new hidden state and cell, (N, F) each."""
+    take, keep, new, show = jnp.split(gates, 4, axis=-1)
+    cell = nn.sigmoid(keep) * cell + nn.sigmoid(take) * jnp.tanh(new)
+    return nn.sigmoid(show) * jnp.tanh(cell), cell
+
+
+class LSTMCNN(nn.Module):
+    """The trunk of `baseline_cnn`, an LSTM over the patches of all its maps, the mean, the logits.
+
+    Each channel's map is cut into patches. All patches of all channels, in the order (channel, row,
+    column), are one sequence of vectors; its outputs go back to where the patches were.
+
+    A photo of 224x224 pixels gives 128 maps of 7x7 patches, a sequence of 6,272 steps that cannot
+    run side by side: a matmul of 4 by 16 each, some 20 microseconds on a CPU and more on a GPU, so
+    that the scan costs more time than the trunk with its 10^9 multiplications, in training above
+    all, which keeps the states of all steps (N x 6,272 x 16 numbers a layer).
+
+    Attributes:
+      num_classes: classes.
+      patch_size: height and width of a patch; the LSTM has as many features as a patch has pixels.
+      lstm_layers: stacked layers of the LSTM.
+      last_pool: whether the pool after the trunk stays.
+      biases: biases a gate: 2, as published, or 1.
+      initialisation: the option `init`: where the weights start, one of `layers.INIT_CHOICES`.
+      dtype: dtype of the computation; None: what images and parameters promote to.
+      param_dtype: dtype of the parameters.
+    """
+
+    num_classes: int
+    patch_size: int = 2
+    lstm_layers: int = 2
+    last_pool: bool = True
+    biases: int = 2
+    initialisation: str = "pytorch"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """images (N, H, W, C) -> logits (N, num_classes), at least float32.
+
+        Raises:
+          InputError: the trunk's map does not divide into patches.
+        """
+        layers = Layers(self.initialisation, self.dtype, self.param_dtype)
+        x = BaselineTrunk(layers, self.last_pool, name="trunk")(images, train)
+        self._check_map(images, x)
+        sequence = to_patches(x, self.patch_size)
+        lstm = LSTM(layers, self.patch_size**2, self.lstm_layers, self.biases, name="lstm")
+        x = from_patches(lstm(sequence), x.shape, self.patch_size)
+        self.sow("intermediates", "features", x)
+        return layers.logits(global_mean(x), self.num_classes)
+
+    def _check_map(self, images: jax.Array, x: jax.Array) -> None:
+        h, w = x.shape[1:3]
+        if h % self.patch_size or w % self.patch_size:
+            unit = self.patch_size * (16 if self.last_pool else 8)
+            raise InputError(
+                f"model lstm_cnn: images of {images.shape[1]}x{images.shape[2]} pixels give maps "
+                f"of {h}x{w}, which do not divide into patches of {self.patch_size}; "
+                f"the smallest images it takes are {unit}x{unit}, and multiples of that"
+            )
+
+
+def to_patches(x: jax.Array, size: int) -> jax.Array:
+    """x (N, H, W, C) -> its patches by channel, row and column, (N, C * H * W / size^2, size^2)."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // size, size, w // size, size, c)
+    return x.transpose(0, 5, 1, 3, 2, 4).reshape(n, -1, size * size)
+
+
+def from_patches(patches: jax.Array, shape: tuple[int, ...], size: int) -> jax.Array:
+    """The inverse of `to_patches` for maps of the shape (N, H, W, C)."""
+    n, h, w, c = shape
+    x = patches.reshape(n, c, h // size, w // size, size, size)
+    return x.transpose(0, 2, 4, 3, 5, 1).reshape(shape)
+
+
+register("lstm_cnn", LSTMCNN, rules={"biases": one_of(1, 2)})
