@@ -164,7 +164,17 @@ class RunFiles:
                 dataset.class_names,
             )
         with runlog.writing(self.folder / "weights.safetensors"):
-            pretrained.save(self.folder / "weights.safetensors", self._config.model.name, on_host)
+            pretrained.save(
+                self.folder / "weights.safetensors",
+                experiment.recipe.model,
+                on_host,
+                layout="flaxcls",
+                about={
+                    "model": self._config.model.name,
+                    "mean": experiment.recipe.preprocess.mean,
+                    "std": experiment.recipe.preprocess.std,
+                },
+            )
         if self._config.log.plots:
             shown = held_out[-1] if held_out else None
             plot_run(

@@ -52,6 +52,7 @@ LIBRARIES = {
     "clu": {"metrics"},
     "cv2": {"data"},
     "grain": {"data"},
+    "huggingface_hub": {"pretrained"},
     "matplotlib": {"analysis.plots", "analysis"},
     "ml_collections": {"config", "experiment", "results", "train", "analysis", "deploy", "main"},
     "orbax": {"checkpoint"},
@@ -61,9 +62,8 @@ LIBRARIES = {
     "tensorboardX": {"runlog"},
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
-    "torch": {"pretrained"},
 }
-EVERYWHERE = {"flax", "jax", "numpy", "optax"}
+EVERYWHERE = {"flax", "jax", "ml_dtypes", "numpy", "optax"}
 
 # Where a module is chosen by name while the program runs: the mode, and the source of the data.
 CHOOSES_MODULES = {"main", "data.load"}

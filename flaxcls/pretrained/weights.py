@@ -1,0 +1,267 @@
+"""Loads weights into a model's variables and says what became of each; saves them."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from flaxcls.errors import InputError
+from flaxcls.pretrained import torch_files
+from flaxcls.pretrained.layouts import Entry, is_head, layout_of, to_ours, to_theirs
+
+FORMAT_VERSION = 1
+HUB = "hf-hub:"
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of the arrays of a model and of a file.
+
+    Attributes:
+      source: the file or name.
+      loaded: our arrays that came from the file, as `params/head/kernel`.
+      initialised: our arrays that stayed as they were, each with the reason.
+      unused: tensors of the file that the model has no place for.
+      normalization: mean and standard deviation of pixels in [0, 1] that the weights expect, a
+        number a channel each; None where nothing says so.
+    """
+
+    source: str
+    loaded: tuple[str, ...]
+    initialised: dict[str, str]
+    unused: tuple[str, ...]
+    normalization: Normalization | None
+
+    def __str__(self) -> str:
+        text = f"weights: {len(self.loaded)} arrays from {self.source}"
+        if self.initialised:
+            reasons = [f"{name} ({reason})" for name, reason in self.initialised.items()]
+            text += f"; left at initialisation: {_shortened(reasons)}"
+        if self.unused:
+            text += f"; not used: {_shortened(list(self.unused))}"
+        return text
+
+
+def load(
+    path_or_name: str | os.PathLike[str], model: nn.Module, variables: Any
+) -> tuple[dict[str, Any], Report]:
+    """Returns the variables with all that a file holds of them.
+
+    Args:
+      path_or_name: a `.safetensors` file, of ours or of torchvision's or timm's layout; a `.pth` or
+        `.pt` file of PyTorch (nothing in it is run); or `hf-hub:OWNER/NAME` of the Hugging Face
+        hub, which is fetched once and cached.
+      model: the module that the variables are of.
+      variables: {"params", "batch_stats"}, arrays; what the file lacks stays as it is here.
+
+    Returns:
+      Variables of the same shapes and dtypes, NumPy where they were loaded, and a report.
+
+    Raises:
+      InputError: the file cannot be read, lacks a tensor, or has one of another shape, other than
+        the head's of another number of classes.
+    """
+    tensors, about, source = _read(str(path_or_name))
+    ours = flatten_dict(dict(variables))
+    native = any(name.startswith("params/") for name in tensors)
+    layout = None if native else layout_of(model)
+    if native:
+        entries = [Entry(path, ("/".join(path),), "same") for path in ours]
+    elif layout is not None:
+        entries = list(layout.entries)
+    else:
+        raise InputError(
+            f"{source}: torchvision and timm have no network like this {type(model).__name__}, so "
+            "that their weights do not fit; give weights that flaxcls has saved"
+        )
+    loaded, initialised, used = {}, {}, set()
+    for entry in entries:
+        name = next((n for n in entry.names if n in tensors), None)
+        if name is None:
+            if not is_head(entry.path):
+                raise InputError(_missing(source, entry, tensors))
+            initialised["/".join(entry.path)] = "the file has none"
+            continue
+        used.add(name)
+        array = tensors[name] if native else to_ours(entry.kind, tensors[name])
+        wanted = ours[entry.path]
+        if array.shape == tuple(wanted.shape):
+            loaded[entry.path] = np.asarray(array).astype(wanted.dtype)
+        elif is_head(entry.path) and array.ndim == len(wanted.shape):
+            initialised["/".join(entry.path)] = f"{array.shape} there, {tuple(wanted.shape)} here"
+        else:
+            raise InputError(
+                f"{source}: tensor '{name}' has shape {tensors[name].shape}, which does not fit "
+                f"{'/'.join(entry.path)} {tuple(wanted.shape)}; give weights of this very model "
+                "and, where its parameters depend on it, image size"
+            )
+    for path in ours:
+        if path not in loaded:
+            initialised.setdefault("/".join(path), "not a part of those weights")
+    if not loaded:
+        raise InputError(f"{source}: nothing in it fits the model; give weights of this model")
+    ignored = [n for n in tensors if n not in used and not n.endswith("num_batches_tracked")]
+    report = Report(
+        source,
+        tuple("/".join(path) for path in loaded),
+        initialised,
+        tuple(ignored),
+        _normalization(about) or (layout.normalization if layout else None),
+    )
+    return unflatten_dict(ours | loaded), report
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    variables: Any,
+    *,
+    layout: str = "auto",
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Writes variables as `.safetensors`, atomically; the same variables give the same bytes.
+
+    Args:
+      path: of the file.
+      model: the module that the variables are of.
+      variables: {"params": ..., "batch_stats": ...}, arrays on the host.
+      layout: `torchvision`, names and forms that `load_state_dict` takes; `flaxcls`, our own, as in
+        `params/trunk/conv1_1/kernel`; `auto`, torchvision's where it has such a network.
+      about: what the file's metadata say besides the format's version, under `flaxcls`, as JSON.
+
+    Raises:
+      InputError: torchvision has no such network.
+    """
+    ours = flatten_dict(dict(variables))
+    known = None if layout == "flaxcls" else layout_of(model)
+    if known is None and layout == "torchvision":
+        raise InputError(
+            f"torchvision has no network like this {type(model).__name__}; save it with "
+            "layout='flaxcls'"
+        )
+    if known is None:
+        tensors = {"/".join(name): value for name, value in ours.items()}
+    else:
+        tensors = {
+            entry.names[0]: to_theirs(entry.kind, np.asarray(ours[entry.path]))
+            for entry in known.entries
+        }
+    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    # One entry, since safetensors writes several in an order that changes from run to run.
+    metadata = {"flaxcls": json.dumps({"format_version": FORMAT_VERSION, **(about or {})})}
+    content = safetensors.numpy.save(tensors, metadata)
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def _read(path_or_name: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
+    """Returns tensors by name, what is said about them, and where they are from, in words."""
+    if path_or_name.startswith(HUB):
+        tensors, _ = _read_safetensors(_fetch(path_or_name, "model.safetensors"))
+        return tensors, _timm_config(_fetch(path_or_name, "config.json")), path_or_name
+    path = Path(path_or_name).expanduser()
+    if path.suffix == ".safetensors":
+        tensors, about = _read_safetensors(path)
+        return tensors, about, f"'{path}'"
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return torch_files.read(path), {}, f"'{path}'"
+    raise InputError(
+        f"model.pretrained: '{path}' ends in neither .safetensors, .pth nor .pt; give such a file, "
+        f"or a name of the hub such as {HUB}timm/resnet18.tv_in1k"
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(f"model.pretrained: there is no file '{path}'; correct the path")
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(metadata.get("flaxcls", "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"'{path}' is no .safetensors file, or a damaged one ({error}); fetch it anew"
+        ) from error
+    if about.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise InputError(
+            f"'{path}' has format {about['format_version']}, and this version of flaxcls reads "
+            f"format {FORMAT_VERSION}; use the version that wrote it"
+        )
+    return tensors, about
+
+
+def _fetch(name: str, file: str) -> Path:
+    """Returns the path of a file of the hub, fetched unless it is in the cache."""
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None))
+    except HFValidationError as error:
+        raise InputError(
+            f"model.pretrained: {name!r} is no name of the hub; write {HUB}OWNER/NAME, as in "
+            f"{HUB}timm/resnet18.tv_in1k"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            raise InputError(
+                f"model.pretrained: the hub has no {file!r} under {name!r}; correct the name"
+            ) from error
+        raise _unreachable(name, error) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(
+        f"model.pretrained: {name} is not in the cache and cannot be fetched ({reason}); "
+        "connect to the network, or give a file"
+    )
+
+
+def _timm_config(path: Path) -> dict[str, Any]:
+    """Mean and standard deviation from a hub repository's config.json."""
+    try:
+        config = json.loads(path.read_text())
+        config = config.get("pretrained_cfg", config)
+        return {key: tuple(config[key]) for key in ("mean", "std") if key in config}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}  # of use for the normalisation alone
+
+
+def _normalization(about: dict[str, Any]) -> Normalization | None:
+    if "mean" in about and "std" in about:
+        return tuple(map(float, about["mean"])), tuple(map(float, about["std"]))
+    return None
+
+
+def _missing(source: str, entry: Entry, tensors: dict[str, np.ndarray]) -> str:
+    held = ", ".join(list(tensors)[:4])
+    return (
+        f"{source}: there is no tensor '{entry.names[0]}' in it, which the model needs for "
+        f"{'/'.join(entry.path)} (it holds {held}, ...); give weights of this very model"
+    )
+
+
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(names[:6])
+    return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"

@@ -1,0 +1,310 @@
+"""Weights of torchvision, timm and our own runs: equal logits, a report, and no trust in files."""
+
+import json
+import os
+import pickle
+import zipfile
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
+
+from flaxcls import models, ops, pretrained
+from flaxcls.errors import InputError
+
+torch = pytest.importorskip("torch", reason="the reference is PyTorch, which is not installed")
+
+import torchvision_twins as twins  # noqa: E402
+
+CLASSES, WIDTH, SIZE = 5, 32, 64
+VGG = {"pool_size": 7, "head_width": WIDTH}
+NETWORKS = {
+    "vgg16_bn": ("vgg16", VGG, partial(twins.VGG, convs=(2, 2, 3, 3, 3), batch_norm=True)),
+    "vgg13": (
+        "vgg13",
+        {**VGG, "batch_norm": False},
+        partial(twins.VGG, convs=(2, 2, 2, 2, 2), batch_norm=False),
+    ),
+    "timm's vgg16_bn": (
+        "vgg16",
+        VGG,
+        partial(twins.TimmVGG, convs=(2, 2, 3, 3, 3), batch_norm=True),
+    ),
+    "resnet18": ("resnet18", {}, partial(twins.ResNet, blocks=(2, 2, 2, 2), bottleneck=False)),
+    "resnet34": ("resnet34", {}, partial(twins.ResNet, blocks=(3, 4, 6, 3), bottleneck=False)),
+    "resnet50": ("resnet50", {}, partial(twins.ResNet, blocks=(3, 4, 6, 3), bottleneck=True)),
+    "googlenet": ("googlenet", {"variant": "torchvision"}, twins.GoogLeNet),
+}
+
+
+def network(name, num_classes=CLASSES):
+    """A twin with statistics that differ from those of a new one."""
+    torch.manual_seed(0)
+    make = NETWORKS[name][2]
+    twin = make(num_classes, **({"width": WIDTH} if "vgg" in name else {}))
+    for module in twin.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+    return twin.eval()
+
+
+def model_and_variables(name, num_classes=CLASSES, **options):
+    model = models.create_model(name, num_classes, **options)
+    shapes = jax.eval_shape(
+        partial(model.init, train=False),
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32),
+    )
+    return model, jax.tree.map(lambda leaf: np.full(leaf.shape, 0.25, leaf.dtype), shapes)
+
+
+def state(twin):
+    return {k: v.detach().numpy() for k, v in twin.state_dict().items()}
+
+
+def write(twin, path):
+    if path.suffix == ".safetensors":
+        safetensors.numpy.save_file(state(twin), path)
+    else:
+        torch.save(twin.state_dict(), path)
+    return path
+
+
+def assert_same_logits(model, variables, twin):
+    images = np.random.default_rng(0).normal(size=(2, SIZE, SIZE, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = twin(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    run = jax.jit(partial(model.apply, train=False), compiler_options=ops.compiler_options())
+    ours = run(variables, images)
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_imported_weights_give_the_same_logits(tmp_path, name):
+    twin, (ours, options, _) = network(name), NETWORKS[name]
+    model, variables = model_and_variables(ours, **options)
+    loaded, report = pretrained.load(write(twin, tmp_path / "w.safetensors"), model, variables)
+    assert_same_logits(model, loaded, twin)
+    assert len(report.loaded) == len(flatten_dict(variables))
+    assert report.initialised == {}
+    assert all(tensor.startswith("aux") for tensor in report.unused)
+    assert bool(report.unused) == (name == "googlenet")
+    expected = 0.5 if name == "googlenet" else 0.485
+    assert report.normalization[0][0] == expected
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrapped", [None, "state_dict"])
+def test_pth_files_are_read_without_pytorch(tmp_path, legacy, wrapped, monkeypatch):
+    twin = network("resnet18").half().float()
+    content = {f"module.{k}": v for k, v in twin.state_dict().items()}
+    content = {"epoch": 3, "lr": 0.1, wrapped: content} if wrapped else content
+    path = tmp_path / "weights.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    monkeypatch.setattr(torch, "load", None)
+    loaded, _ = pretrained.load(path, *model_and_variables("resnet18"))
+    direct, _ = pretrained.load(
+        write(twin, tmp_path / "w.safetensors"), *model_and_variables("resnet18")
+    )
+    jax.tree.map(np.testing.assert_array_equal, loaded, direct)
+
+
+def test_a_view_and_a_half_tensor_of_a_pth_file_keep_their_values(tmp_path):
+    twin = network("resnet18")
+    tensors = twin.state_dict()
+    fc = tensors["fc.weight"]
+    tensors["fc.weight"] = torch.nn.Parameter(fc.T.contiguous().T)  # strides of its own
+    tensors["fc.bias"] = torch.cat([torch.zeros(3), tensors["fc.bias"]])[3:].bfloat16()  # an offset
+    torch.save(tensors, tmp_path / "w.pt")
+    loaded, _ = pretrained.load(tmp_path / "w.pt", *model_and_variables("resnet18"))
+    np.testing.assert_array_equal(loaded["params"]["head"]["kernel"], fc.T)
+    expected = tensors["fc.bias"].float()
+    np.testing.assert_array_equal(loaded["params"]["head"]["bias"], expected)
+
+
+@pytest.mark.parametrize("name", ["vgg16_bn", "vgg13", "resnet50", "googlenet"])
+def test_torchvisions_layout_round_trips(tmp_path, name):
+    twin, (ours, options, _) = network(name), NETWORKS[name]
+    model, variables = model_and_variables(ours, **options)
+    loaded, _ = pretrained.load(write(twin, tmp_path / "in.safetensors"), model, variables)
+    pretrained.save(tmp_path / "out.safetensors", model, loaded)
+    again = safetensors.numpy.load_file(tmp_path / "out.safetensors")
+    expected = {
+        k: v
+        for k, v in state(twin).items()
+        if not k.startswith("aux") and not k.endswith("num_batches_tracked")
+    }
+    assert again.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(again[key], value)
+
+
+def test_our_own_layout_round_trips_and_a_head_of_another_size_stays(tmp_path):
+    path = tmp_path / "own.safetensors"
+    model, variables = model_and_variables("fashion_net1")
+    drawn = jax.tree.map(
+        lambda leaf: np.random.default_rng(leaf.size).normal(size=leaf.shape).astype(leaf.dtype),
+        variables,
+    )
+    about = {"model": "fashion_net1", "mean": [0.1], "std": [0.3]}
+    pretrained.save(path, model, drawn, about=about)
+    loaded, report = pretrained.load(path, model, variables)
+    jax.tree.map(np.testing.assert_array_equal, loaded, drawn)
+    assert report.normalization == ((0.1,), (0.3,))
+
+    other, others = model_and_variables("fashion_net1", 7)
+    loaded, report = pretrained.load(path, other, others)
+    assert set(report.initialised) == {"params/head/kernel", "params/head/bias"}
+    assert "left at initialisation: params/head/" in str(report)
+    np.testing.assert_array_equal(loaded["params"]["head"]["bias"], np.full(7, 0.25))
+    np.testing.assert_array_equal(
+        loaded["params"]["dense1"]["kernel"], drawn["params"]["dense1"]["kernel"]
+    )
+
+
+def test_a_head_of_another_size_stays_and_is_reported(tmp_path):
+    path = write(network("resnet18", num_classes=1000), tmp_path / "w.safetensors")
+    loaded, report = pretrained.load(path, *model_and_variables("resnet18"))
+    assert set(report.initialised) == {"params/head/kernel", "params/head/bias"}
+    assert report.initialised["params/head/kernel"] == "(512, 1000) there, (512, 5) here"
+    np.testing.assert_array_equal(loaded["params"]["head"]["bias"], np.full(5, 0.25))
+
+
+def test_a_hierarchical_model_takes_the_trunk(tmp_path):
+    twin = network("resnet18", num_classes=1000)
+    path = write(twin, tmp_path / "w.safetensors")
+    loaded, report = pretrained.load(path, *model_and_variables("hierarchical_resnet18"))
+    kernel = loaded["params"]["trunk"]["trunk"]["stage4_block2"]["conv2"]["kernel"]
+    np.testing.assert_array_equal(
+        kernel, state(twin)["layer4.1.conv2.weight"].transpose(2, 3, 1, 0)
+    )
+    assert set(report.unused) == {"fc.weight", "fc.bias"}
+    assert {name.split("/")[1] for name in report.initialised} == {
+        *("head", "own", "parent_head", "from_parent")
+    }
+
+
+def test_the_residual_cam_model_takes_all_of_vgg(tmp_path):
+    path = write(network("vgg16_bn"), tmp_path / "w.safetensors")
+    model, variables = model_and_variables("vgg16_residual_cam", head_width=WIDTH)
+    _, report = pretrained.load(path, model, variables)
+    assert set(report.initialised) == {"params/cam_head/kernel", "params/cam_head/bias"}
+
+
+def test_names_of_the_hub_come_from_its_cache(tmp_path, monkeypatch):
+    """The cache as huggingface_hub lays it out; timm's config says the normalisation."""
+    snapshot = tmp_path / "models--timm--resnet18.tv_in1k" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--timm--resnet18.tv_in1k" / "refs").mkdir()
+    (tmp_path / "models--timm--resnet18.tv_in1k" / "refs" / "main").write_text("abc")
+    twin = network("resnet18")
+    write(twin, snapshot / "model.safetensors")
+    config = {"architecture": "resnet18", "pretrained_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model, variables = model_and_variables("resnet18")
+    loaded, report = pretrained.load("hf-hub:timm/resnet18.tv_in1k", model, variables)
+    assert_same_logits(model, loaded, twin)
+    assert report.normalization == ((0.4,) * 3, (0.2,) * 3)
+    with pytest.raises(InputError, match=r"resnet50.tv_in1k is not in the cache and cannot be"):
+        pretrained.load("hf-hub:timm/resnet50.tv_in1k", model, variables)
+    with pytest.raises(InputError, match="is no name of the hub; write hf-hub:OWNER/NAME"):
+        pretrained.load("hf-hub:a b/c/d", model, variables)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_a_malicious_pickle_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for legacy in (False, True):
+        path = tmp_path / f"legacy_{legacy}.pth"
+        content = {"a": torch.zeros(2), "b": Malicious()}
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(InputError, match=r"asks for posix\.mkdir.*might run code; save only"):
+            pretrained.load(path, *model_and_variables("resnet18"))
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(InputError, match=r"asks for posix\.mkdir"):
+        pretrained.load(tmp_path / "plain.pt", *model_and_variables("resnet18"))
+    assert not (tmp_path / "pwned").exists()
+
+
+def damage(kind, path):
+    twin = network("resnet18")
+    if kind == "wrong shape":
+        twin.layer1[0].conv1 = torch.nn.Conv2d(64, 64, 5, bias=False)
+    write(twin, path)
+    if kind == "missing tensor":
+        tensors = safetensors.numpy.load_file(path)
+        del tensors["layer2.1.bn1.running_var"]
+        safetensors.numpy.save_file(tensors, path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if kind == "empty":
+        path.write_bytes(b"")
+    if kind == "absent":
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "message"),
+    [
+        ("wrong shape", "w.safetensors", r"'layer1.0.conv1.weight' has shape \(64, 64, 5, 5\)"),
+        ("wrong shape", "w.pth", r"'layer1.0.conv1.weight' has shape \(64, 64, 5, 5\)"),
+        ("missing tensor", "w.safetensors", "no tensor 'layer2.1.bn1.running_var'"),
+        ("truncated", "w.safetensors", "no .safetensors file, or a damaged one"),
+        ("truncated", "w.pth", "no weights file of PyTorch, or a damaged one"),
+        ("empty", "w.safetensors", "no .safetensors file, or a damaged one"),
+        ("empty", "w.pth", "no weights file of PyTorch, or a damaged one"),
+        ("absent", "w.safetensors", "there is no file"),
+        ("absent", "w.pth", "there is no file"),
+        (None, "w.onnx", "ends in neither .safetensors, .pth nor .pt"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named(tmp_path, kind, file, message):
+    path = tmp_path / file
+    if kind is not None:
+        damage(kind, path)
+    with pytest.raises(InputError, match=message) as caught:
+        pretrained.load(path, *model_and_variables("resnet18"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_legacy_file_is_named(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save(network("resnet18").state_dict(), path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="no weights file of PyTorch, or a damaged one"):
+        pretrained.load(path, *model_and_variables("resnet18"))
+
+
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
+    good, bad = tmp_path / "good.pth", tmp_path / "bad.pth"
+    torch.save({"fc.bias": torch.zeros(8)}, good)
+    with zipfile.ZipFile(good) as archive, zipfile.ZipFile(bad, "w") as changed:
+        for name in archive.namelist():
+            content = archive.read(name)
+            changed.writestr(name, content[:4] if "/data/" in name else content)
+    with pytest.raises(InputError, match="no weights file of PyTorch, or a damaged one"):
+        pretrained.load(bad, *model_and_variables("resnet18"))
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    path = write(network("resnet18"), tmp_path / "w.safetensors")
+    with pytest.raises(
+        InputError, match=r"no tensor 'features.0.weight'.*it holds 'conv1|it holds"
+    ):
+        pretrained.load(path, *model_and_variables("vgg16", pool_size=7, head_width=WIDTH))
+    with pytest.raises(InputError, match="torchvision and timm have no network like this LeNet"):
+        pretrained.load(path, *model_and_variables("lenet"))
+    with pytest.raises(InputError, match="torchvision has no network like this LeNet"):
+        pretrained.save(path, *model_and_variables("lenet"), layout="torchvision")
