@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import zipfile
@@ -130,7 +131,7 @@ def test_unreadable_files_stop_with_their_names(pets):
         "'cat/text.jpg' is not an image",
         "'dog/empty.png' is empty",
         "'dog/cut.jpg' is truncated",
-        "'dog/gone.jpg' is a broken link",
+        "'dog/gone.jpg' is a link that leads nowhere",
         "data.on_bad=skip",
     ):
         assert words in message
@@ -143,6 +144,24 @@ def test_unreadable_files_stop_with_their_names(pets):
         "dog/empty.png",
         "dog/gone.jpg",
     )
+
+
+def test_a_link_to_itself_is_named_or_left_out(pets):
+    for name in ("loop.png", "more"):
+        (pets / "cat" / name).symlink_to(name)
+    with pytest.raises(InputError, match=r"2 of 7 .*'cat/loop.png' is a link that leads nowhere"):
+        image_folder.read(pets)
+    dataset = image_folder.read(pets, on_bad="skip")
+    assert class_counts(dataset)["train"].tolist() == [2, 3]
+    assert dataset.skipped == ("cat/loop.png", "cat/more")
+
+
+def test_a_class_whose_link_leads_nowhere_is_noted(pets):
+    (pets / "fox").symlink_to("fox")
+    (pets / "owl").symlink_to("/no/such/folder")
+    dataset = image_folder.read(pets)
+    assert dataset.class_names == ("cat", "dog")
+    assert dataset.notes == (f"Not used: fox, owl in '{pets}', links that lead nowhere.",)
 
 
 def test_skipping_finds_damage_inside_a_file(pets):
@@ -357,6 +376,19 @@ def damage_end(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
 
 
+def damage_by_more(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"more")
+
+
+def damage_dimensions(file: Path) -> None:
+    """Dimensions whose product is 0 in 64 bits."""
+    file.write_bytes(struct.pack(">4I", 2051, 2**31, 2**31, 2**31))
+
+
+def damage_width(file: Path) -> None:
+    file.write_bytes(struct.pack(">4I", 2051, 6, 5, 0))
+
+
 def damage_all(file: Path) -> None:
     file.write_bytes(b"")
 
@@ -366,6 +398,9 @@ def damage_all(file: Path) -> None:
     [
         (damage_magic, "is not an IDX file of images .*begins with 00000d03"),
         (damage_end, r"is incomplete: it declares \(6, 5, 4\) values but holds 115"),
+        (damage_by_more, r"longer than its header says: it declares \(6, 5, 4\) .* holds 124; "),
+        (damage_dimensions, r"is incomplete: it declares \(2147483648, .* values but holds 0"),
+        (damage_width, r"hold no images \(they declare \(6, 5, 0\) values\)"),
         (damage_all, "begins with nothing"),
         (Path.unlink, "no 'train-images-idx3-ubyte' or '.gz'"),
     ],
@@ -491,8 +526,8 @@ def test_npy_shapes(shape, tmp_path):
         (np.zeros((3, 783), np.uint8), r"has shape \(3, 783\)"),
         (np.zeros((3, 16, 16), np.uint8), r"of shape \(16, 16, 1\) but .*apple.npy' of"),
         (np.zeros((0, 784), np.uint8), "holds no images"),
-        (b"not an array", "is not a whole .npy file"),
-        (b"", "is not a whole .npy file"),
+        (b"not an array", r"cannot be read as .npy \(it holds no array\); write it anew"),
+        (b"", "cannot be read as .npy"),
     ],
 )
 def test_bad_npy_file_is_named(content, words, drawings):
@@ -508,11 +543,45 @@ def test_bad_npy_file_is_named(content, words, drawings):
 def test_cut_npy_file_and_object_array_are_named(drawings):
     file = drawings / "bat.npy"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"bat\.npy' is not a whole .npy file"):
+    with pytest.raises(InputError, match=r"bat\.npy' cannot be read as .npy .*; write it anew"):
         npy.read(drawings)
     np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match=r"bat\.npy' is not a whole .npy file"):
+    with pytest.raises(InputError, match=r"bat\.npy' holds Python objects; save .*numpy.uint8"):
         npy.read(drawings)
+
+
+def test_npz_renamed_npy_is_named(drawings):
+    file = drawings / "bat.npy"
+    with open(file, "wb") as opened:
+        np.savez(opened, np.zeros((3, 784), np.uint8))
+    with pytest.raises(InputError, match=r"bat\.npy' is a .npz.*; write one .npy a class"):
+        npy.read(drawings)
+
+
+@pytest.mark.parametrize(
+    ("whole", "damaged"),
+    [
+        (b"'|u1'", b"'|,1'"),
+        (b"'fortran_order'", b"'for6ran_Yrder'"),
+        (b"784)", b"784("),
+        (b"{", b"\xff"),
+    ],
+)
+def test_damaged_npy_header_is_named(whole, damaged, drawings):
+    file = drawings / "bat.npy"
+    content = file.read_bytes()
+    assert whole in content
+    file.write_bytes(content.replace(whole, damaged, 1))
+    with pytest.raises(InputError, match=r"bat\.npy' cannot be read as .npy .*; write it") as error:
+        npy.read(drawings)
+    assert "\n" not in str(error.value)
+    np.savez(drawings / "bat.npz", labels=LABELS)
+    with zipfile.ZipFile(drawings / "bat.npz", "a") as archive:
+        archive.writestr("images.npy", file.read_bytes())
+    with pytest.raises(
+        InputError, match=r"'images' in .*bat\.npz' cannot be read as .npz .*; write"
+    ):
+        npz.read(drawings / "bat.npz")
 
 
 def test_misspelt_npy_class_gets_its_neighbour(drawings, tmp_path):
@@ -528,6 +597,13 @@ def test_misspelt_npy_class_gets_its_neighbour(drawings, tmp_path):
 def arrays(n: int = 6, shape=(5, 4, 3)) -> tuple[np.ndarray, np.ndarray]:
     images = np.random.default_rng(n).integers(0, 256, (n, *shape), np.uint8)
     return images, np.arange(n) % 3
+
+
+def test_npz_leaves_what_it_does_not_use_unread(tmp_path):
+    images, labels = arrays()
+    meta = np.array([{"author": "me"}], object)
+    np.savez(tmp_path / "mine.npz", images=images, labels=labels, meta=meta)
+    assert sizes(npz.read(tmp_path / "mine.npz")) == {"train": 6}
 
 
 def test_npz_with_one_pair(tmp_path):
@@ -578,6 +654,18 @@ IMAGES, LABELS = arrays()
         ),
         ({"images": IMAGES, "labels": LABELS, "class_names": ["a", "a", "b"]}, "'a' occurs twice"),
         ({"images": IMAGES, "labels": LABELS, "class_names": [1, 2, 3]}, "a list of strings"),
+        (
+            {"images": IMAGES, "labels": LABELS, "class_names": ["café".encode("latin1"), b"b"]},
+            r"'class_names' in .* not UTF-8 \(b'caf\\xe9'\); save .*dtype=str",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS, "class_names": np.array(["a", "b"], object)},
+            r"'class_names' in .* holds Python objects; save numpy.array\(..., dtype=str\)",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS.astype(object)},
+            r"'labels' in .*mine.npz' holds Python objects; save numpy.array\(..., dtype=int\)",
+        ),
         ({"images": IMAGES, "labels": LABELS * 2}, "class '1' has no training examples"),
         ({"images": IMAGES, "labels": LABELS * 9}, "has the label 18, more than it has images"),
         ({"images": IMAGES, "labels": LABELS * 0}, "at least 2 classes"),
@@ -611,6 +699,10 @@ def test_npz_that_is_none_is_named(tmp_path):
     np.savez(file, images=IMAGES, labels=LABELS)
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(InputError, match=r"mine\.npz' cannot be read"):
+        npz.read(file)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("images", "a text")
+    with pytest.raises(InputError, match=r"'images' in .*mine\.npz' cannot be read .*no array"):
         npz.read(file)
     np.save(tmp_path / "one.npy", IMAGES)
     with pytest.raises(InputError, match=r"holds one array, not a \.npz"):

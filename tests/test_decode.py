@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -51,6 +53,27 @@ def png_16_bit_colour(values: np.ndarray) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff_grey(
+    values: np.ndarray, bits: int, sample_format: int = 1, black_is_zero: int = 1
+) -> bytes:
+    """An uncompressed TIFF of a type that Pillow reads but does not write; 12 bits are packed."""
+    height, width = values.shape
+    data = values.tobytes()
+    if bits == 12:
+        first, second = values.reshape(-1, 2).T.astype(np.uint16)
+        data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1)
+        data = data.astype(np.uint8).tobytes()
+    data += bytes(len(data) % 2)
+    # Width, height, bits, uncompressed, photometric, offset, samples, rows, bytes, sample format.
+    numbers = (256, 257, 258, 259, 262, 273, 277, 278, 279, 339)
+    entries = (width, height, bits, 1, black_is_zero, 8, 1, height, len(data), sample_format)
+    folder = struct.pack("<H", len(numbers)) + b"".join(
+        struct.pack("<HHII", number, 4, 1, value)
+        for number, value in zip(numbers, entries, strict=True)
+    )
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + folder + bytes(4)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +156,44 @@ def test_sixteen_bit_values_are_scaled_not_clipped():
     assert np.abs(decoded[::2].astype(int) - expected[..., None]).max() <= 1
 
 
+def test_twelve_bit_values_fill_the_range():
+    levels = np.array([[0, 1024], [2048, 4095]], np.uint16)
+    decoded = decode(tiff_grey(levels, 12), ImageSpec(2, 1))[..., 0]
+    assert decoded.tolist() == [[0, 64], [128, 255]]
+
+
+def test_a_tiff_whose_white_is_zero_is_not_shown_as_its_negative():
+    for dtype, bits, white in ((np.uint8, 8, 255), (np.uint16, 16, 65535)):
+        values = np.array([[0, white]], dtype)
+        decoded = decode(tiff_grey(values, bits, black_is_zero=0), ImageSpec(2, 1))
+        assert decoded[0, :, 0].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [("<i4", "signed 32-bit"), ("<u4", "32-bit"), ("<i2", "signed 16-bit")],
+)
+def test_integers_without_a_known_white_are_refused_not_darkened(dtype, words, tmp_path):
+    kind = np.dtype(dtype)
+    sample_format = 2 if kind.kind == "i" else 1
+    file = tmp_path / "a.tif"
+    file.write_bytes(
+        tiff_grey(np.arange(256).reshape(16, 16).astype(kind), 8 * kind.itemsize, sample_format)
+    )
+    with pytest.raises(UnreadableImage, match=f"values are {words} integers.*save them as 8 or 16"):
+        decode(file, ImageSpec(16, 1))
+    assert list(check_images([str(file)], thorough=False)[1]) == [0]
+
+
+def test_the_transparent_grey_is_white_with_8_and_16_bits():
+    for dtype, transparent in ((np.uint8, 7), (np.uint16, 7000)):
+        values = np.array([[0, transparent]], dtype)
+        data = encoded(Image.fromarray(values), "png", transparency=transparent)
+        for channels in (1, 3):
+            decoded = decode(data, ImageSpec(2, channels))
+            assert decoded[0, :, 0].tolist() == [0, 255]
+
+
 def test_floating_point_pixels_are_refused():
     data = encoded(Image.new("F", (4, 4), 0.5), "tiff")
     with pytest.raises(UnreadableImage, match="floating-point"):
@@ -154,7 +215,7 @@ def test_exif_orientation_is_honoured(orientation, tmp_path):
     stored = upright.transpose(turn[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for kind in ("jpeg", "png", "webp"):
+    for kind in ("jpeg", "png", "webp", "tiff"):
         options = {"lossless": True} if kind == "webp" else {}
         file = tmp_path / f"a.{kind}"
         stored.save(file, kind, exif=exif, **options)
@@ -169,10 +230,45 @@ def test_exif_orientation_is_honoured(orientation, tmp_path):
         assert not faults
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_exif_does_not_make_an_image_unreadable():
-    data = encoded(photo(16, 16), "jpeg", exif=b"Exif\0\0MM\0\x2a\0\0\xff\xff garbage")
-    assert decode(data, ImageSpec(16)).shape == (16, 16, 3)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # pytest sets aside the module's own filter
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"II*\0\x08",
+        b"MM\0\x2a\0\0\xff\xff garbage",
+        b"MM\0\x2a\0\0\0\x08\0\x02\x01\x12\0\x03",
+        b"garbage",
+    ],
+)
+def test_broken_exif_changes_nothing_and_is_not_spoken_of(kind, exif, tmp_path):
+    file = tmp_path / f"a.{kind}"
+    options = {"lossless": True} if kind == "webp" else {}
+    photo(40, 60).save(file, kind, exif=b"Exif\0\0" + exif if kind == "jpeg" else exif, **options)
+    plain = decode(encoded(photo(40, 60), kind, **options), ImageSpec(16))
+    assert (decode(file, ImageSpec(16)) == plain).all()
+    aspect, faults = check_images([str(file)], thorough=False)
+    assert aspect.tolist() == [1.5]
+    assert not faults
+    code = (
+        "import sys; from flaxcls.data.decode import ImageSpec, decode\n"
+        "decode(sys.argv[1], ImageSpec(8))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_orientation_that_does_not_exist_is_upright(tmp_path):
+    for orientation in (0, 9, 65535):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for kind in ("jpeg", "png"):
+            file = tmp_path / f"a.{kind}"
+            photo(40, 60).save(file, kind, exif=exif)
+            aspect, _ = check_images([str(file)], thorough=False)
+            assert aspect.tolist() == [1.5]
+            upright = decode(encoded(photo(40, 60), kind), ImageSpec(16, resize="pad"))
+            assert (decode(file, ImageSpec(16, resize="pad")) == upright).all()
 
 
 def test_squash_crop_and_pad_show_what_they_say():
@@ -273,8 +369,12 @@ def test_missing_file_broken_link_and_folder_are_named(tmp_path):
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(UnreadableImage, match="does not exist"):
         decode(tmp_path / "none.png", ImageSpec(8))
-    with pytest.raises(UnreadableImage, match="is a broken link"):
-        decode(tmp_path / "link.png", ImageSpec(8))
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for link in ("link.png", "loop.png"):
+        with pytest.raises(UnreadableImage, match=f"{link}' is a link that leads nowhere; replace"):
+            decode(tmp_path / link, ImageSpec(8))
+    with pytest.raises(UnreadableImage, match=r"cannot be read \(File name too long\)"):
+        decode(tmp_path / ("n" * 300), ImageSpec(8))
     with pytest.raises(UnreadableImage, match="is a folder"):
         decode(tmp_path, ImageSpec(8))
 

@@ -1,5 +1,7 @@
 """Checks of image arrays that come from files."""
 
+import tokenize
+
 import numpy as np
 
 from flaxcls.errors import InputError
@@ -31,3 +33,20 @@ def as_images(array: np.ndarray, where: str) -> np.ndarray:
     raise InputError(
         f"{where} has shape {shape}; it should be (N, height, width) or (N, height, width, 1 or 3)"
     )
+
+
+def load_fault(error: Exception, kind: str, dtype: str = "numpy.uint8") -> str:
+    """Return what is wrong, and the remedy, where loading a file or array raised `error`.
+
+    kind: `.npy` or `.npz`; dtype: what the array should be saved as.
+    """
+    reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+    if "Object arrays" in reason or "Python objects" in reason:
+        return f"holds Python objects; save numpy.array(..., dtype={dtype}) instead"
+    if isinstance(error, SyntaxError | tokenize.TokenError):
+        reason = "its header is damaged"
+    elif "pickle" in reason:
+        # NumPy takes any other file for pickled objects, and advises to load them unsafely.
+        reason = "it holds no array"
+    writer = "numpy.savez" if kind == ".npz" else "numpy.save"
+    return f"cannot be read as {kind} ({reason}); write it anew with {writer}"

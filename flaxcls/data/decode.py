@@ -2,18 +2,23 @@
 
 Alpha is composited on white, so that a drawing on a transparent ground looks as it does in a
 viewer; opaque images are as `Image.convert("RGB")` gives them. Grey is ITU-R 601-2 luma.
+Grey of 12 and 16 bits is scaled by the range of its type, not by the values that occur, so that a
+dark image stays dark. Signed and 32-bit integers and floating-point numbers say nothing of their
+range and are refused: clipped at 255, as Pillow does, one is white; over 65535 another is black.
 Resampling is Pillow's bilinear filter, which averages when it shrinks.
 """
 
+import errno
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from flaxcls.errors import InputError
 
@@ -22,6 +27,7 @@ EXTENSIONS = frozenset(
 )
 # Naming them keeps Pillow from trying plugins that run other programs (EPS starts Ghostscript).
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+LEADS_NOWHERE = "is a link that leads nowhere"
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,6 +38,10 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# They tell of metadata only, EXIF in every format included: what harms the pixels raises an error.
+# Said once for the process, as `warnings.catch_warnings` is not safe in threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -173,12 +183,15 @@ def _name(source: str | os.PathLike[str] | bytes) -> str:
 
 
 def _fault(source: str | os.PathLike[str] | bytes, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "is a broken link" if os.path.islink(source) else "does not exist"
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOENT, errno.ELOOP):
+        return LEADS_NOWHERE if os.path.islink(source) else "does not exist"
     if isinstance(error, PermissionError):
         return "may not be read"
     if isinstance(error, IsADirectoryError):
         return "is a folder"
+    if number is not None:  # from the system; what Pillow raises has none
+        return f"cannot be read ({os.strerror(number)})"
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
     if size == 0:
         return "is empty (0 bytes)"
@@ -249,19 +262,22 @@ def _read(
 
 
 def _orientation(image: Image.Image) -> int:
+    """Return how the image must be turned, 1 (upright) to 8."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 1  # Pillow turns these itself.
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()  # It may stand behind the pixels, whose damage must not pass for its own.
     try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError):
-        return 1  # A broken EXIF block says nothing about the pixels.
+        turn = int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # Pillow raises anything on a broken block, which says nothing of the pixels.
+        return 1
+    return turn if turn in _UPRIGHT else 1
 
 
 def _plain(image: Image.Image, mode: str) -> Image.Image:
-    """Return the image in mode L or RGB, 16-bit values scaled to 8 bits, alpha laid on white."""
+    """Return the image in mode L or RGB, in 8 bits, alpha laid on white."""
     if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its values have more than 16 bits")
-        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        image = _eight_bits(image)
     elif image.mode == "F":
         raise ValueError("its values are floating-point numbers")
     elif image.has_transparency_data:
@@ -269,6 +285,27 @@ def _plain(image: Image.Image, mode: str) -> Image.Image:
         image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("RGB")
     return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return a grey image of 12 or 16 bits in mode L, with its transparent value white."""
+    values, white = np.asarray(image).astype(np.uint32), 65535  # Pillow scales those of PPM to it.
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        bits = tags[TiffImagePlugin.BITSPERSAMPLE][0]
+        signed = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 2
+        if bits > 16 or signed:
+            raise ValueError(
+                f"its values are {'signed ' if signed else ''}{bits}-bit integers, for which no "
+                "value is known to be white; save them as 8 or 16 bits, unsigned"
+            )
+        white = 2**bits - 1
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
+            values = white - values
+    grey = ((values * 255 + white // 2) // white).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
 
 
 def _geometry(

@@ -1,6 +1,7 @@
 """MNIST's IDX files, plain or gzipped: http://yann.lecun.com/exdb/mnist (format at the foot)."""
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -55,9 +56,10 @@ def _split(folder: Path, prefix: str) -> Split:
             f"data.path: '{folder}' has {len(images)} {prefix} images but {len(labels)} labels; "
             "take both files from the same release"
         )
-    if not len(images):
+    if not images.size:
         raise InputError(
-            f"data.path: the {prefix} files in '{folder}' hold no images; replace them"
+            f"data.path: the {prefix} files in '{folder}' hold no images (they declare "
+            f"{images.shape} values); replace them"
         )
     return Split(images[..., None], labels.astype(np.int32))
 
@@ -90,11 +92,13 @@ def _array(folder: Path, prefix: str, kind: str, ndim: int) -> np.ndarray:
             f"'{file}' is not an IDX file of {kind} (it begins with {data[:4].hex() or 'nothing'}, "
             f"not 000008{ndim:02x}); download it again"
         )
-    shape = tuple(np.frombuffer(data, ">u4", ndim, offset=4).astype(int).tolist())
+    shape = tuple(np.frombuffer(data, ">u4", ndim, offset=4).tolist())
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * ndim)
-    if values.size != np.prod(shape):
+    declared = math.prod(shape)  # of Python's numbers, as NumPy's wrap around
+    if values.size != declared:
+        fault = "is incomplete" if values.size < declared else "is longer than its header says"
         raise InputError(
-            f"'{file}' is incomplete: it declares {shape} values but holds {values.size}; "
+            f"'{file}' {fault}: it declares {shape} values but holds {values.size}; "
             "download it again"
         )
     return values.reshape(shape)

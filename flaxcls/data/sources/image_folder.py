@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from flaxcls.data.dataset import SPLITS, Dataset, Split, unknown_class
-from flaxcls.data.decode import EXTENSIONS, check_images
+from flaxcls.data.decode import EXTENSIONS, LEADS_NOWHERE, check_images
 from flaxcls.data.paths import existing_folder
 from flaxcls.errors import InputError
 
@@ -56,7 +56,9 @@ def read(
                 raise InputError(_stray_class(layout[key], name, known_classes))
     found, others = _find(layout, present, class_names, classes, training=not known_classes)
     splits, faults = _splits(root, found, on_bad, threads)
-    faults |= {file.relative_to(root).as_posix(): "is not an image file" for file in others}
+    for file in others:
+        fault = "is not an image file" if os.path.exists(file) else LEADS_NOWHERE
+        faults[file.relative_to(root).as_posix()] = fault
     if faults and on_bad == "error":
         total = sum(len(files) for files in found.values()) + len(others)
         raise InputError(_listing(root, faults, total))
@@ -82,13 +84,20 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
     return sorted((e for e in kept if e.name.lower() not in _NOT_DATA), key=lambda e: e.name)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself; one to a missing file gives False
+        return False
+
+
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:
     entries = _visible(folder)
-    folders = {e.name: Path(e.path) for e in entries if e.is_dir()}
+    folders = {e.name: Path(e.path) for e in entries if _is_folder(e)}
     if not folders:
         raise InputError(
             f"data.path: no class folders in '{folder}' (found {len(entries)} files at its top "
@@ -99,12 +108,12 @@ def _class_folders(folder: Path) -> dict[str, Path]:
 
 def _layout(root: Path) -> dict[str, Path]:
     """Return split -> folder of class folders; the root is `train` where there are no splits."""
-    folders = [Path(e.path) for e in _visible(root) if e.is_dir()]
+    folders = [Path(e.path) for e in _visible(root) if _is_folder(e)]
     named = [f for f in folders if f.name.lower() in _SPLIT_FOLDERS]
     layout: dict[str, Path] = {}
     for folder in named:
         # A class may be called "train" (the vehicle): it holds no folders and has other neighbours.
-        if len(named) < len(folders) and not any(e.is_dir() for e in _visible(folder)):
+        if len(named) < len(folders) and not any(_is_folder(e) for e in _visible(folder)):
             continue
         key = _SPLIT_FOLDERS[folder.name.lower()]
         if key in layout:
@@ -120,12 +129,16 @@ def _unused(root: Path, layout: dict[str, Path]) -> tuple[str, ...]:
     notes = []
     if root not in layout.values():
         used = {folder.name for folder in layout.values()}
-        others = [e.name for e in _visible(root) if e.is_dir() and e.name not in used]
+        others = [e.name for e in _visible(root) if _is_folder(e) and e.name not in used]
         if others:
             notes.append(f"Not used: {', '.join(others)} in '{root}', beside the split folders.")
     for folder in {root, *layout.values()}:
-        loose = [e.name for e in _visible(folder) if not e.is_dir() and _is_image(e.name)]
-        if loose and any(e.is_dir() for e in _visible(folder)):
+        entries = _visible(folder)
+        lost = [e.name for e in entries if not os.path.exists(e.path)]
+        if lost:
+            notes.append(f"Not used: {', '.join(lost)} in '{folder}', links that lead nowhere.")
+        loose = [e.name for e in entries if not _is_folder(e) and _is_image(e.name)]
+        if loose and any(_is_folder(e) for e in entries):
             notes.append(f"Not used: {len(loose)} images in '{folder}', outside any class folder.")
     return tuple(sorted(notes))
 
@@ -185,10 +198,10 @@ def _files(folder: Path) -> tuple[list[Path], list[Path]]:
         seen.add(real)
         entries = _visible(place)
         for entry in entries:
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 (images if _is_image(entry.name) else others).append(Path(entry.path))
         for entry in entries:
-            if entry.is_dir():
+            if _is_folder(entry):
                 walk(Path(entry.path))
 
     walk(folder)

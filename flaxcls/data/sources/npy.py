@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxcls.data.arrays import as_images
+from flaxcls.data.arrays import as_images, load_fault
 from flaxcls.data.dataset import Dataset, Split
 from flaxcls.data.paths import existing_folder
 from flaxcls.data.splits import draw_classes, draw_order, per_class_count
@@ -69,8 +69,13 @@ def read(
 def _mapped(file: Path) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"'{file}' is not a whole .npy file ({error}); replace it") from error
+    except Exception as error:  # NumPy raises anything on damaged headers.
+        raise InputError(f"'{file}' {load_fault(error, '.npy')}") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(
+            f"'{file}' is a .npz, which holds several arrays; write one .npy a class with "
+            "numpy.save, or set data.source=npz"
+        )
     images = as_images(array, f"'{file}'")
     if not len(images):
         raise InputError(f"'{file}' holds no images; remove it or add images of its class")

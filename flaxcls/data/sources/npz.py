@@ -1,12 +1,10 @@
 """Arrays that the user has, in one .npz file."""
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from flaxcls.data.arrays import as_images
+from flaxcls.data.arrays import as_images, load_fault
 from flaxcls.data.dataset import Dataset, Split
 from flaxcls.errors import InputError
 
@@ -20,6 +18,12 @@ _KEYS = (
     ("val", "x_val", "y_val"),
     ("test", "x_test", "y_test"),
 )
+# What each array is saved as; others in the file are not read.
+_DTYPES = {
+    **{images: "numpy.uint8" for _, images, _ in _KEYS},
+    **{labels: "int" for _, _, labels in _KEYS},
+    "class_names": "str",
+}
 
 
 def read(path: str | Path) -> Dataset:
@@ -60,23 +64,28 @@ def _arrays(path: str | Path) -> dict[str, np.ndarray]:
         raise InputError(f"data.path: '{path}' does not exist; set it to the .npz file")
     if file.is_dir():
         raise InputError(f"data.path: '{path}' is a folder; set it to the .npz file itself")
-    known = {key for _, *keys in _KEYS for key in keys} | {"class_names"}
     try:
         loaded = np.load(file, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise InputError(f"'{file}' holds one array, not a .npz; write it with numpy.savez")
-        with loaded:
-            return {key: loaded[key] if key in known else np.zeros(0) for key in loaded.files}
-    except InputError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        # NumPy takes any other file for pickled objects, and advises to load them unsafely.
-        reason = str(error).rstrip(".") or type(error).__name__
-        if "pickle" in reason:
-            reason = "it is no archive of arrays"
-        raise InputError(
-            f"'{file}' cannot be read as .npz ({reason}); write it anew with numpy.savez"
-        ) from error
+    except Exception as error:  # NumPy and zipfile raise anything on damaged bytes.
+        raise InputError(f"'{file}' {load_fault(error, '.npz')}") from error
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise InputError(f"'{file}' holds one array, not a .npz; write it with numpy.savez")
+    with loaded:
+        return {
+            key: _array(loaded, key, file) if key in _DTYPES else np.zeros(0)
+            for key in loaded.files
+        }
+
+
+def _array(loaded: np.lib.npyio.NpzFile, key: str, file: Path) -> np.ndarray:
+    try:
+        array = loaded[key]
+        if not isinstance(array, np.ndarray):  # bytes, where a file in the archive is no array
+            raise ValueError("it holds no array")
+    except Exception as error:  # NumPy and zipfile raise anything on damaged bytes.
+        fault = load_fault(error, ".npz", _DTYPES[key])
+        raise InputError(f"'{key}' in '{file}' {fault}") from error
+    return array
 
 
 def _split(arrays: dict[str, np.ndarray], images_key: str, labels_key: str, file: Path) -> Split:
@@ -116,7 +125,13 @@ def _class_names(
         names = arrays["class_names"]
         if names.ndim != 1 or names.dtype.kind not in "US":
             raise InputError(f"'class_names' in '{file}' should be a list of strings")
-        return tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist())
+        try:
+            return tuple(n.decode() if isinstance(n, bytes) else n for n in names.tolist())
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"'class_names' in '{file}' has a name that is not UTF-8 ({error.object!r}); save "
+                "numpy.array(class_names, dtype=str)"
+            ) from error
     highest = max(int(split.labels.max()) for split in splits.values())
     if highest >= sum(len(split) for split in splits.values()):
         raise InputError(
