@@ -14,6 +14,7 @@ from flaxcls import config as config_module
 from flaxcls import pretrained, runlog
 from flaxcls.analysis.plots import plot_run
 from flaxcls.data.dataset import class_counts
+from flaxcls.data.load import check_run_folder
 from flaxcls.errors import InputError
 from flaxcls.evaluate import Evaluator, write_predictions
 from flaxcls.experiment import Experiment, image_spec, stored_images
@@ -32,8 +33,8 @@ DESCRIPTION_KEYS = ("class_names", "class_counts", "mean", "std", "placement", "
 class RunFiles:
     """The files of one run, apart from its checkpoints; only the first process writes.
 
-    Opening refuses a folder that belongs to another config or to another process. A context
-    manager.
+    Opening refuses a folder that belongs to another config or to another process, or that lies
+    among the data. A context manager.
 
     Attributes:
       folder: of the run.
@@ -42,6 +43,7 @@ class RunFiles:
     """
 
     def __init__(self, folder: Path, config: ConfigDict):
+        check_run_folder(folder, config.data.source, config.data.path)
         self.folder = folder
         self.writes = jax.process_index() == 0
         self._config = config

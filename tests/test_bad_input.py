@@ -299,6 +299,16 @@ MISTAKES = {
     "run folder that is a file": Mistake(
         lambda: [*digits(), "--workdir=file"], "'file' is a file", "give another --workdir"
     ),
+    "run folder that is the data's": Mistake(
+        lambda: [*images(photos()), "--workdir=photos"],
+        "the run folder 'photos' is data.path 'photos'",
+        "give a --workdir outside of it",
+    ),
+    "run folder inside the data's": Mistake(
+        lambda: [*images(photos()), "--workdir=photos/run"],
+        "the run folder 'photos/run' lies inside data.path 'photos'",
+        "give a --workdir outside of it",
+    ),
     "run folder where nothing can be written": Mistake(
         lambda: [*digits(), "--workdir=/proc/run"],
         "cannot write '/proc/run'",

@@ -16,7 +16,7 @@ from PIL import Image
 
 from flaxcls.data.dataset import class_counts
 from flaxcls.data.decode import ImageSpec, decode, decode_all
-from flaxcls.data.load import SOURCES, load_dataset
+from flaxcls.data.load import SOURCES, check_run_folder, load_dataset
 from flaxcls.data.sources import digits, idx, image_folder, npy, npz
 from flaxcls.errors import InputError
 
@@ -162,6 +162,22 @@ def test_a_class_whose_link_leads_nowhere_is_noted(pets):
     dataset = image_folder.read(pets)
     assert dataset.class_names == ("cat", "dog")
     assert dataset.notes == (f"Not used: fox, owl in '{pets}', links that lead nowhere.",)
+
+
+@pytest.mark.parametrize("source", ["image_folder", "npy"])
+def test_a_run_folder_may_not_lie_among_the_data(source, tmp_path):
+    data = tmp_path / "photos"
+    data.mkdir()
+    (tmp_path / "link").symlink_to(data)
+    for folder in (data, data / "run", data / "a" / "run", tmp_path / "link" / "run"):
+        with pytest.raises(
+            InputError, match=r"--workdir: .* data\.path .*; give a --workdir outsi"
+        ):
+            check_run_folder(folder, source, str(data))
+    for folder in (tmp_path / "photos2", tmp_path / "run", tmp_path):
+        check_run_folder(folder, source, str(data))
+    check_run_folder(data / "run", "idx", str(data))
+    check_run_folder(data, "digits", None)
 
 
 def test_skipping_finds_damage_inside_a_file(pets):

@@ -1,8 +1,10 @@
 """`load_dataset`: from the plain arguments of a config to a Dataset with its splits."""
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from flaxcls.data.dataset import (
     Dataset,
@@ -23,6 +25,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "npz": ("path",),
     "tfds": ("path", "name", "spec", "threads"),
 }
+# Those that take for data what they find in `path`, whatever its name.
+_WHOLE_FOLDER = ("image_folder", "npy")
 
 
 def load_dataset(
@@ -108,6 +112,19 @@ def load_dataset(
         max_per_class=max_per_class,
         seed=seed,
     )
+
+
+def check_run_folder(folder: Path, source: str, path: str | None) -> None:
+    """Raise InputError where the files of a run in `folder` would be taken for data of `source`."""
+    if source not in _WHOLE_FOLDER or not path:
+        return
+    run, data = Path(os.path.realpath(folder)), Path(os.path.realpath(os.path.expanduser(path)))
+    if run.is_relative_to(data):
+        place = "is" if run == data else "lies inside"
+        raise InputError(
+            f"--workdir: the run folder '{folder}' {place} data.path '{path}', where its files "
+            "would be taken for data; give a --workdir outside of it"
+        )
 
 
 def _selected(
