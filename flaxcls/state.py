@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flaxcls.freezing import EVERYTHING, Selection, partition
+
 
 class Stream(enum.IntEnum):
     """Each use of randomness has a stream of its own, `fold_in(key(seed), stream)`."""
@@ -29,9 +31,9 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: int32 (), steps taken so far.
-      params: trainable parameters.
+      params: the parameters, frozen ones too.
       batch_stats: running statistics of BatchNorm; {} where the model has none.
-      opt_state: the optimizer's.
+      opt_state: the optimizer's, for the parameters that are trained.
       ema: {"params", "batch_stats"} averaged over steps, or None.
       learning_rate_scale: float32 (), what reduce-on-plateau has made of the schedule, or None.
     """
@@ -59,6 +61,7 @@ def create_state(
     ema: bool = False,
     plateau: bool = False,
     dtype: Any = jnp.float32,
+    selection: Selection = EVERYTHING,
 ) -> TrainState:
     """Initialises a state; to be called under `jax.jit` or `jax.eval_shape`.
 
@@ -70,6 +73,7 @@ def create_state(
       ema: keep an average of the parameters and of the running statistics.
       plateau: keep a scale of the learning rate that the loop lowers.
       dtype: of the images that the model sees.
+      selection: which parameters are trained; the optimizer has a state for these alone.
     """
     images = jnp.zeros((1, *image_shape), dtype)
     variables = model.init(stream_key(seed, Stream.INIT), images, train=False)
@@ -78,7 +82,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(partition(params, selection)[0]),
         # A copy, since the step donates the state: one buffer cannot be given away twice.
         ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None,
         learning_rate_scale=jnp.ones((), jnp.float32) if plateau else None,

@@ -16,6 +16,7 @@ import optax
 from flaxcls import ops
 from flaxcls.augment import Augmentation, augment
 from flaxcls.batch import Batch, Preprocess, preprocess
+from flaxcls.freezing import EVERYTHING, Selection, frozen_statistics, join, partition, rate_factors
 from flaxcls.losses import Loss, total
 from flaxcls.metrics import MetricState
 from flaxcls.state import Stream, TrainState, stream_key
@@ -62,6 +63,8 @@ class Recipe(NamedTuple):
       ema_decay: of the averaged parameters; only with a state that holds them.
       sum_loss: minimise the sum over the batch, not the mean.
       dtype: of the images that the model sees.
+      selection: which parameters are trained.
+      rates: (pattern, factor) of the learning rate, by parameter path; the first match counts.
     """
 
     model: nn.Module
@@ -77,6 +80,8 @@ class Recipe(NamedTuple):
     ema_decay: float = 0.0
     sum_loss: bool = False
     dtype: Any = jnp.float32
+    selection: Selection = EVERYTHING
+    rates: tuple[tuple[str, float], ...] = ()
 
 
 def train_step(
@@ -126,12 +131,14 @@ def _backward(
     recipe: Recipe, state: TrainState, metrics: MetricState, examples: Examples, key: jax.Array
 ) -> tuple[Any, Any, MetricState]:
     """Returns gradients, running statistics and metrics of one forward and backward pass."""
+    trained, frozen = partition(state.params, recipe.selection)
 
-    def objective(params):
+    def objective(trained):
+        params = join(trained, frozen)
         value, weight, outputs = _forward(recipe, params, state.batch_stats, examples, key)
         return value if recipe.sum_loss else value / weight, outputs
 
-    gradients, (logits, loss, batch_stats) = jax.grad(objective, has_aux=True)(state.params)
+    gradients, (logits, loss, batch_stats) = jax.grad(objective, has_aux=True)(trained)
     metrics = metrics.update(logits, examples.labels, loss, examples.mask, state.step)
     return gradients, batch_stats, metrics
 
@@ -140,24 +147,26 @@ def _backward_in_parts(
     recipe: Recipe, state: TrainState, metrics: MetricState, examples: Examples, key: jax.Array
 ) -> tuple[Any, Any, MetricState]:
     """As `_backward`, micro-batch after micro-batch; sums are divided once, at the end."""
+    trained, frozen = partition(state.params, recipe.selection)
 
     def accumulate(carry, micro):
         gradients, weight, batch_stats, metrics = carry
         index, examples = micro
 
-        def objective(params):
+        def objective(trained):
+            params = join(trained, frozen)
             micro_key = jax.random.fold_in(key, index)
             value, weight, outputs = _forward(recipe, params, batch_stats, examples, micro_key)
             return value, (weight, *outputs)
 
-        more, outputs = jax.grad(objective, has_aux=True)(state.params)
+        more, outputs = jax.grad(objective, has_aux=True)(trained)
         more_weight, logits, loss, batch_stats = outputs
         metrics = metrics.update(logits, examples.labels, loss, examples.mask, state.step)
         gradients = jax.tree.map(jnp.add, gradients, more)
         return (gradients, weight + more_weight, batch_stats, metrics), None
 
     parts = recipe.accumulate
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = jax.tree.map(jnp.zeros_like, trained)
     weight = jnp.zeros((), jnp.promote_types(recipe.dtype, jnp.float32))
     (gradients, weight, batch_stats, metrics), _ = jax.lax.scan(
         accumulate,
@@ -171,13 +180,14 @@ def _backward_in_parts(
 
 def _forward(recipe: Recipe, params: Any, batch_stats: Any, examples: Examples, key: jax.Array):
     """Returns the sum of the losses, that of their weights, and (logits, loss, batch_stats)."""
-    logits, updates = recipe.model.apply(
-        {"params": params, "batch_stats": batch_stats},
-        examples.images,
-        train=True,
-        rngs={"dropout": key},
-        mutable=["batch_stats"],
-    )
+    with frozen_statistics(recipe.selection):
+        logits, updates = recipe.model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            examples.images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
     loss = recipe.loss(logits, examples.targets)
     value, weight = total(loss, examples.mask)
     return value, weight, (logits, loss, updates.get("batch_stats", {}))
@@ -189,11 +199,15 @@ def _split(x: jax.Array, parts: int) -> jax.Array:
 
 
 def _apply_gradients(recipe: Recipe, state: TrainState, gradients, batch_stats) -> TrainState:
-    updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
+    trained, frozen = partition(state.params, recipe.selection)
+    updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, trained)
+    if recipe.rates:
+        factors = rate_factors(trained, recipe.rates)
+        updates = jax.tree.map(lambda u, factor: u * factor, updates, factors)
     if state.learning_rate_scale is not None:
         # Every optimizer here multiplies by the learning rate last, so scaling its update is exact.
         updates = jax.tree.map(lambda u: u * state.learning_rate_scale.astype(u.dtype), updates)
-    params = optax.apply_updates(state.params, updates)
+    params = join(optax.apply_updates(trained, updates), frozen)
     ema = state.ema
     if ema is not None:
         # The cap lets an average of few steps follow the parameters (TensorFlow's num_updates).

@@ -19,6 +19,7 @@ CORE = (
     "optimizers",
     "batch",
     "augment",
+    "freezing",
     "state",
     "sharding",
     "step",
