@@ -3,6 +3,9 @@
 One confusion matrix of exact counts holds accuracy, precision, recall and F1 of every class.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import clu.metrics
 import flax.struct
 import jax
@@ -62,6 +65,8 @@ class MetricState(clu.metrics.Metric):
       parts: sums of part * weight.
       first_bad_step: int32 (), the first step with a loss that is not finite, -1 while none is.
       top_k: k; 0 where k is not smaller than C.
+      parent_correct: int32 (), examples whose parent was predicted; None without parents.
+      parents: of a hierarchical model, the parent of each class; () for others.
     """
 
     confusion_matrix: jax.Array
@@ -73,15 +78,17 @@ class MetricState(clu.metrics.Metric):
     parts: dict[str, RunningSum]
     first_bad_step: jax.Array
     top_k: int = flax.struct.field(pytree_node=False)
+    parent_correct: jax.Array | None = None
+    parents: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
     def update(
-        self, logits: jax.Array, labels: jax.Array, loss: Loss, mask: jax.Array, step: jax.Array
+        self, logits: Any, labels: jax.Array, loss: Loss, mask: jax.Array, step: jax.Array
     ) -> "MetricState":
         """Returns the state with a batch added.
 
         Args:
-          logits: float (N, C).
-          labels: int (N,).
+          logits: float (N, C), or a tuple of those and the parents', (N, P).
+          labels: int (N,), or (N, 2) as (class, parent).
           loss: of the batch, with the parts that `empty` was told of.
           mask: bool (N,); what a row outside of it holds, NaN included, does not count.
           step: int (), the step that the batch belongs to.
@@ -91,6 +98,12 @@ class MetricState(clu.metrics.Metric):
                 f"the loss has the parts {sorted(loss.parts)}, the state {sorted(self.parts)}; "
                 "give the loss's to `empty`"
             )
+        parent_correct = self.parent_correct
+        if parent_correct is not None:
+            logits, parent_logits = logits
+            labels, parent_labels = labels[:, 0], labels[:, 1]
+            right = mask & (_argmax(parent_logits) == parent_labels)
+            parent_correct = parent_correct + jnp.sum(right, dtype=jnp.int32)
         num_classes = logits.shape[-1]
         predictions = _argmax(logits)
         correct = mask & (predictions == labels)
@@ -114,6 +127,7 @@ class MetricState(clu.metrics.Metric):
                 for name, total in self.parts.items()
             },
             first_bad_step=jnp.where(bad, jnp.int32(step), self.first_bad_step),
+            parent_correct=parent_correct,
         )
 
     def _count_top_k(self, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
@@ -142,6 +156,7 @@ class MetricState(clu.metrics.Metric):
             weight=self.weight.merge(other.weight),
             parts={name: total.merge(other.parts[name]) for name, total in self.parts.items()},
             first_bad_step=earlier,
+            parent_correct=jax.tree.map(jnp.add, self.parent_correct, other.parent_correct),
         )
 
     def compute(self) -> dict[str, float | list[float]]:
@@ -149,13 +164,19 @@ class MetricState(clu.metrics.Metric):
         return compute(jax.device_get(self))
 
 
-def empty(num_classes: int, top_k: int = 5, parts: tuple[str, ...] = ()) -> MetricState:
+def empty(
+    num_classes: int,
+    top_k: int = 5,
+    parts: tuple[str, ...] = (),
+    parents: tuple[int, ...] = (),
+) -> MetricState:
     """Returns a state that has seen nothing.
 
     Args:
       num_classes: C.
       top_k: k of the top-k accuracy, which is left out where k is not smaller than C.
       parts: names of the loss's parts.
+      parents: of a hierarchical model, the parent of each class, (C,).
     """
 
     def zero() -> jax.Array:
@@ -172,6 +193,8 @@ def empty(num_classes: int, top_k: int = 5, parts: tuple[str, ...] = ()) -> Metr
         parts={name: RunningSum.empty() for name in parts},
         first_bad_step=jnp.full((), -1, jnp.int32),
         top_k=top_k if top_k < num_classes else 0,
+        parent_correct=zero() if parents else None,
+        parents=parents,
     )
 
 
@@ -209,7 +232,8 @@ def compute(host_state: MetricState) -> dict[str, float | list[float]]:
     accuracy are NaN.
 
     Returns:
-      `loss`, each part, `accuracy`, `top_{k}` where k is smaller than the number of classes,
+      `loss`, each part, `accuracy`, of a hierarchical model `parent_accuracy` and
+      `errors_within_parent`, `top_{k}` where k is smaller than the number of classes,
       `{precision,recall,f1}_{macro,weighted}`, and lists with a number a class: `precision`,
       `recall`, `f1`, `support` (int), `class_accuracy` (the recall).
 
@@ -229,6 +253,9 @@ def compute(host_state: MetricState) -> dict[str, float | list[float]]:
     for name, total in host_state.parts.items():
         result[name] = _ratio(total.compute(), weight)
     result["accuracy"] = accuracy
+    if host_state.parent_correct is not None:
+        result["parent_accuracy"] = _ratio(int(host_state.parent_correct), count)
+        result["errors_within_parent"] = errors_within_parent(matrix, host_state.parents)
     if host_state.top_k:
         result[f"top_{host_state.top_k}"] = _ratio(int(host_state.top_k_correct), count)
     for name, values in per_class.items():
@@ -239,6 +266,19 @@ def compute(host_state: MetricState) -> dict[str, float | list[float]]:
     result["support"] = support.tolist()
     result["class_accuracy"] = per_class["recall"].tolist()
     return result
+
+
+def errors_within_parent(confusion_matrix: np.ndarray, parents: Sequence[int]) -> float:
+    """Returns the share of errors that stay within the right parent; 1 where there is no error.
+
+    Args:
+      confusion_matrix: int (C, C), rows the truth.
+      parents: the parent of each class, (C,).
+    """
+    siblings = np.equal.outer(np.asarray(parents), np.asarray(parents))
+    hits = np.trace(confusion_matrix)
+    errors = confusion_matrix.sum() - hits
+    return float((confusion_matrix[siblings].sum() - hits) / errors) if errors else 1.0
 
 
 def _argmax(logits: jax.Array) -> jax.Array:

@@ -347,9 +347,11 @@ def test_sources_have_the_keys_that_they_take():
     branches = config.BRANCHES["data.source"]
     assert list(branches) == list(load_module.SOURCES)
     for source, takes in load_module.SOURCES.items():
-        assert set(branches[source]) - {"channels"} == set(takes) & {"name", "on_bad"}, source
+        assert set(branches[source]) - {"channels"} == set(takes) & {
+            *("name", "on_bad", "label_pattern")
+        }, source
     assert keywords(load_module.load_dataset) - {"seed", "spec", "known_classes", "threads"} <= (
-        set(config.default().data) | {"parents"}
+        set(config.default().data)
     )
 
 

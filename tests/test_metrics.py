@@ -300,3 +300,41 @@ def test_eight_devices_count_as_one_and_send_no_matrix_to_each_other():
         check=False,
     )
     assert result.stdout.strip() == "equal", result.stderr
+
+
+def test_parents_are_counted_from_their_own_logits_and_errors_by_whose_children_they_are():
+    """Classes 0 and 1 belong to parent 0, class 2 to parent 1."""
+    parents = (0, 0, 1)
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(64, 3)).astype(np.float32), rng.normal(size=(64, 2)))
+    labels = rng.integers(0, 3, 64)
+    labels = np.stack([labels, np.array(parents)[labels]], axis=1).astype(np.int32)
+    mask = np.arange(64) < 50
+    loss = losses.Loss(jnp.ones(64), jnp.ones(64), {})
+    state = metrics.empty(3, top_k=2, parents=parents)
+    update = jax.jit(metrics.MetricState.update)
+    halves = [
+        update(
+            state,
+            tuple(x[part] for x in logits),
+            labels[part],
+            jax.tree.map(lambda x, part=part: x[part], loss),
+            mask[part],
+            0,
+        )
+        for part in (slice(0, 32), slice(32, 64))
+    ]
+    result = halves[0].merge(halves[1]).compute()
+
+    predicted = logits[0].argmax(1)[:50]
+    truth, parent = labels[:50].T
+    wrong = predicted != truth
+    assert result["accuracy"] == np.mean(~wrong)
+    assert result["parent_accuracy"] == np.mean(logits[1].argmax(1)[:50] == parent)
+    mild = np.array(parents)[predicted[wrong]] == parent[wrong]
+    assert result["errors_within_parent"] == pytest.approx(mild.mean())
+    assert 0 < mild.mean() < 1
+
+
+def test_without_errors_all_are_within_the_parent():
+    assert metrics.errors_within_parent(np.diag([3, 4, 5]), (0, 0, 1)) == 1.0

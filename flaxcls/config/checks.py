@@ -73,6 +73,7 @@ ELEMENTS: dict[str, type] = {
     "augment.erasing_area": float,
     "augment.erasing_ratio": float,
     "data.classes": str,
+    "data.parents": str,
     "loss.alpha": float,
     "loss.class_weight_values": float,
     "normalize.mean": float,

@@ -40,7 +40,7 @@ def default() -> ConfigDict:
     c.model.cam_dropout = placeholder(float)  # residual_cam: of what its maps are drawn from
 
     c.data = ConfigDict()
-    c.data.source = "digits"  # digits, idx, image_folder, npy, npz, tfds
+    c.data.source = "digits"  # digits, idx, image_folder, image_files, npy, npz, tfds
     c.data.path = placeholder(str)  # folder or file of the data; digits needs none
     c.data.image_size = 32  # pixels; images are square in training
     c.data.channels = placeholder(int)  # 1 or 3; None: as the source has them
@@ -59,6 +59,9 @@ def default() -> ConfigDict:
     c.data.workers = 0  # processes that decode files; 0: threads of this process
     c.data.prefetch = 2  # batches ready on the device before they are needed
     c.data.on_bad = placeholder(str)  # image_folder: error, or skip (counted and listed)
+    c.data.label_pattern = placeholder(str)  # image_files: its first group is a file's class
+    # Hierarchical models: rules 'PATTERN=PARENT'; the first that matches a class's name counts.
+    c.data.parents = ()
     c.data.name = placeholder(str)  # tfds: data set name; idx: fashion_mnist or mnist
 
     c.augment = ConfigDict()  # training only
@@ -177,6 +180,7 @@ BRANCHES: dict[str, dict[str, dict[str, Any]]] = {
         "digits": {"channels": 1},
         "idx": {"channels": 1, "name": "fashion_mnist"},
         "image_folder": {"channels": 3, "on_bad": "error"},
+        "image_files": {"channels": 3, "on_bad": "error", "label_pattern": ""},
         "npy": {"channels": 1},
         "npz": {"channels": 3},
         "tfds": {"channels": 3, "name": None},
@@ -260,6 +264,16 @@ PRESETS = {
         "image_folder", image_size=64, val_fraction=0.4, path="data/caltech101_3"
     ),
     "image_folder": Preset("image_folder", image_size=64, val_fraction=0.1, test_fraction=0.2),
+    "pets": Preset(
+        "image_files",
+        image_size=224,
+        val_fraction=0.33,
+        path="data/pets/images",
+        options={
+            "label_pattern": r"(.+)_\d+\.jpg",
+            "parents": ("[A-Z].*=cat", "[a-z].*=dog"),
+        },
+    ),
     "quickdraw": Preset(
         "npy",
         image_size=28,

@@ -54,6 +54,7 @@ class Split:
 class Dataset:
     """Named splits (among train, val, test) of one labelled collection of images.
 
+    `class_parents` gives each class's position in `parent_names`, where there are parents.
     `skipped` lists the files left out because they could not be read; `notes` are sentences for
     the log: which classes were drawn, what lies in the folder but is not used.
     Raises InputError for labels out of range, lengths that differ and repeated class names.
@@ -63,6 +64,7 @@ class Dataset:
     class_names: tuple[str, ...]
     splits: Mapping[str, Split]
     parent_names: tuple[str, ...] | None = None
+    class_parents: tuple[int, ...] = ()
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -161,11 +163,14 @@ def with_parents(dataset: Dataset, parents: Mapping[str, str]) -> Dataset:
             )
     for name in dataset.class_names:
         if name not in parents:
-            raise InputError(f"data.parents: class '{name}' has no parent; add '{name}': PARENT")
+            raise InputError(
+                f"data.parents: class '{name}' has no parent; add a rule '{name}=PARENT'"
+            )
     names = tuple(sorted(set(parents.values())))
     table = np.array([names.index(parents[name]) for name in dataset.class_names], np.int32)
     splits = {k: replace(s, parents=table[s.labels]) for k, s in dataset.splits.items()}
-    return replace(dataset, splits=splits, parent_names=names)
+    class_parents = tuple(table.tolist())
+    return replace(dataset, splits=splits, parent_names=names, class_parents=class_parents)
 
 
 def record_names(split: str, n: int) -> tuple[str, ...]:

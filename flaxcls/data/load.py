@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from flaxcls.data.dataset import (
     with_parents,
 )
 from flaxcls.data.decode import ImageSpec
+from flaxcls.data.paths import compile_pattern
 from flaxcls.data.splits import draw_classes, split_dataset, take_per_class
 from flaxcls.errors import InputError, did_you_mean
 
@@ -21,6 +22,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "digits": (),
     "idx": ("path", "name"),
     "image_folder": ("path", "classes", "on_bad", "known_classes", "threads"),
+    "image_files": ("path", "label_pattern", "classes", "on_bad", "known_classes", "threads"),
     "npy": ("path", "classes", "num_classes_drawn", "per_class", "seed", "known_classes"),
     "npz": ("path",),
     "tfds": ("path", "name", "spec", "threads"),
@@ -37,7 +39,8 @@ def load_dataset(
     classes: Sequence[str] = (),
     num_classes_drawn: int = 0,
     per_class: float = 0.0,
-    parents: Mapping[str, str] | None = None,
+    label_pattern: str = "",
+    parents: Sequence[str] = (),
     val_fraction: float = 0.0,
     test_fraction: float = 0.0,
     split_mode: str = "auto",
@@ -55,7 +58,9 @@ def load_dataset(
     name: the TFDS name, or which IDX set it is (`mnist`, `fashion_mnist`).
     classes: only these, numbered in this order; num_classes_drawn: so many, drawn with the seed.
     per_class: of each class in `train`, a fraction (below 1) or a number, by lot; 0 for all.
-    parents: class name -> parent name, for hierarchical models.
+    label_pattern: of `image_files`: a regular expression whose first group is the class.
+    parents: for hierarchical models, rules `PATTERN=PARENT`: the parent of a class is that of the
+        first pattern, a regular expression, which matches the whole name.
     val_fraction, test_fraction, split_mode, stratify, max_per_class, seed: see `split_dataset`.
     on_bad: `error` or `skip` for files that are no images.
     spec: how images of differing sizes are brought to one (`tfds`).
@@ -84,6 +89,7 @@ def load_dataset(
         "spec": spec,
         "known_classes": tuple(known_classes),
         "threads": threads,
+        "label_pattern": label_pattern,
     }
     for key in ("path", "name"):
         if arguments[key] and key not in SOURCES[source]:
@@ -94,16 +100,14 @@ def load_dataset(
     reader = importlib.import_module(f"flaxcls.data.sources.{source}")
     dataset = reader.read(**{key: arguments[key] for key in SOURCES[source]})
     dataset = _selected(dataset, source, tuple(classes), num_classes_drawn, per_class, seed)
-    if parents:
-        dataset = with_parents(dataset, parents)
     if known_classes:
-        return match_classes(dataset, known_classes)
+        return _with_parents(match_classes(dataset, known_classes), parents)
     if len(dataset.class_names) < 2:
         raise InputError(
             f"{dataset.name}: a classifier needs at least 2 classes, found "
             f"{len(dataset.class_names)} ({', '.join(dataset.class_names)}); add another class"
         )
-    return split_dataset(
+    dataset = split_dataset(
         dataset,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
@@ -112,6 +116,29 @@ def load_dataset(
         max_per_class=max_per_class,
         seed=seed,
     )
+    return _with_parents(dataset, parents)
+
+
+def _with_parents(dataset: Dataset, rules: Sequence[str]) -> Dataset:
+    """Gives every class the parent that the rules `PATTERN=PARENT` say."""
+    if not rules:
+        return dataset
+    parents: dict[str, str] = {}
+    for rule in rules:
+        pattern, _, parent = rule.rpartition("=")
+        if not pattern or not parent:
+            raise InputError(
+                f"data.parents: {rule!r} is no rule; write PATTERN=PARENT, as in '[A-Z].*=cat'"
+            )
+        matches = compile_pattern("data.parents", pattern).fullmatch
+        members = [name for name in dataset.class_names if matches(name)]
+        if not members:
+            raise InputError(
+                f"data.parents: no class of {dataset.name} matches {pattern!r}; correct or remove "
+                "the rule"
+            )
+        parents = dict.fromkeys(members, parent) | parents
+    return with_parents(dataset, parents)
 
 
 def check_run_folder(folder: Path, source: str, path: str | None) -> None:

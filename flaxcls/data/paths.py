@@ -1,5 +1,6 @@
-"""Checks of the folder that holds the data."""
+"""Checks of where the data lie and of how their names are read."""
 
+import re
 from pathlib import Path
 
 from flaxcls.errors import InputError
@@ -25,3 +26,13 @@ def existing_folder(path: str | Path, holds: str) -> Path:
     except PermissionError as error:
         raise InputError(f"data.path: '{path}' may not be listed; get leave to read it") from error
     return folder
+
+
+def compile_pattern(key: str, pattern: str) -> re.Pattern[str]:
+    """Return a regular expression; raises InputError, naming the config's `key`, if it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f"{key}: {pattern!r} is no regular expression ({error}); correct it"
+        ) from error

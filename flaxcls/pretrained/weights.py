@@ -241,9 +241,9 @@ def _unreachable(name: str, error: Exception) -> InputError:
 def _timm_config(path: Path) -> dict[str, Any]:
     """Mean and standard deviation from a hub repository's config.json."""
     try:
-        config = json.loads(path.read_text())
-        config = config.get("pretrained_cfg", config)
-        return {key: tuple(config[key]) for key in ("mean", "std") if key in config}
+        about = json.loads(path.read_text())
+        about = about["pretrained_cfg"] if "pretrained_cfg" in about else about
+        return {key: tuple(about[key]) for key in ("mean", "std") if key in about}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}  # of use for the normalisation alone
 

@@ -55,13 +55,13 @@ def read(
             if name not in class_names and not classes:
                 raise InputError(_stray_class(layout[key], name, known_classes))
     found, others = _find(layout, present, class_names, classes, training=not known_classes)
-    splits, faults = _splits(root, found, on_bad, threads)
+    splits, faults = file_splits(root, found, on_bad, threads)
     for file in others:
         fault = "is not an image file" if os.path.exists(file) else LEADS_NOWHERE
         faults[file.relative_to(root).as_posix()] = fault
     if faults and on_bad == "error":
         total = sum(len(files) for files in found.values()) + len(others)
-        raise InputError(_listing(root, faults, total))
+        raise InputError(listing(root, faults, total))
     for label, name in enumerate(class_names):
         if not known_classes and not (splits["train"].labels == label).any():
             raise InputError(
@@ -73,7 +73,8 @@ def read(
     )
 
 
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
+def visible(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what lies in a folder, sorted by name, without hidden files."""
     try:
         with os.scandir(folder) as entries:
             kept = [e for e in entries if not e.name.startswith(".")]
@@ -84,20 +85,22 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
     return sorted((e for e in kept if e.name.lower() not in _NOT_DATA), key=lambda e: e.name)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link that leads to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link that leads to itself; one to a missing file gives False
         return False
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file's name ends as those of images do."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:
-    entries = _visible(folder)
-    folders = {e.name: Path(e.path) for e in entries if _is_folder(e)}
+    entries = visible(folder)
+    folders = {e.name: Path(e.path) for e in entries if is_folder(e)}
     if not folders:
         raise InputError(
             f"data.path: no class folders in '{folder}' (found {len(entries)} files at its top "
@@ -108,12 +111,12 @@ def _class_folders(folder: Path) -> dict[str, Path]:
 
 def _layout(root: Path) -> dict[str, Path]:
     """Return split -> folder of class folders; the root is `train` where there are no splits."""
-    folders = [Path(e.path) for e in _visible(root) if _is_folder(e)]
+    folders = [Path(e.path) for e in visible(root) if is_folder(e)]
     named = [f for f in folders if f.name.lower() in _SPLIT_FOLDERS]
     layout: dict[str, Path] = {}
     for folder in named:
         # A class may be called "train" (the vehicle): it holds no folders and has other neighbours.
-        if len(named) < len(folders) and not any(_is_folder(e) for e in _visible(folder)):
+        if len(named) < len(folders) and not any(is_folder(e) for e in visible(folder)):
             continue
         key = _SPLIT_FOLDERS[folder.name.lower()]
         if key in layout:
@@ -129,16 +132,16 @@ def _unused(root: Path, layout: dict[str, Path]) -> tuple[str, ...]:
     notes = []
     if root not in layout.values():
         used = {folder.name for folder in layout.values()}
-        others = [e.name for e in _visible(root) if _is_folder(e) and e.name not in used]
+        others = [e.name for e in visible(root) if is_folder(e) and e.name not in used]
         if others:
             notes.append(f"Not used: {', '.join(others)} in '{root}', beside the split folders.")
     for folder in {root, *layout.values()}:
-        entries = _visible(folder)
+        entries = visible(folder)
         lost = [e.name for e in entries if not os.path.exists(e.path)]
         if lost:
             notes.append(f"Not used: {', '.join(lost)} in '{folder}', links that lead nowhere.")
-        loose = [e.name for e in entries if not _is_folder(e) and _is_image(e.name)]
-        if loose and any(_is_folder(e) for e in entries):
+        loose = [e.name for e in entries if not is_folder(e) and is_image(e.name)]
+        if loose and any(is_folder(e) for e in entries):
             notes.append(f"Not used: {len(loose)} images in '{folder}', outside any class folder.")
     return tuple(sorted(notes))
 
@@ -196,24 +199,25 @@ def _files(folder: Path) -> tuple[list[Path], list[Path]]:
         if real in seen:  # A link to a folder above would be walked for ever.
             return
         seen.add(real)
-        entries = _visible(place)
+        entries = visible(place)
         for entry in entries:
-            if not _is_folder(entry):
-                (images if _is_image(entry.name) else others).append(Path(entry.path))
+            if not is_folder(entry):
+                (images if is_image(entry.name) else others).append(Path(entry.path))
         for entry in entries:
-            if _is_folder(entry):
+            if is_folder(entry):
                 walk(Path(entry.path))
 
     walk(folder)
     return images, others
 
 
-def _splits(
+def file_splits(
     root: Path,
     found: dict[str, list[tuple[Path, int]]],
     on_bad: str,
     threads: int,
 ) -> tuple[dict[str, Split], dict[str, str]]:
+    """Return the splits of (file, label) pairs that can be read, and each other file's fault."""
     splits: dict[str, Split] = {}
     bad: dict[str, str] = {}
     for key, files in found.items():
@@ -247,7 +251,8 @@ def _stray_class(folder: Path, name: str, known_classes: tuple[str, ...]) -> str
     )
 
 
-def _listing(root: Path, faults: dict[str, str], total: int) -> str:
+def listing(root: Path, faults: dict[str, str], total: int) -> str:
+    """Return the sentence that names files which cannot be read, of `total`."""
     shown = "; ".join(f"'{name}' {faults[name]}" for name in sorted(faults)[:8])
     more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
     return (
