@@ -241,8 +241,8 @@ def _unreachable(name: str, error: Exception) -> InputError:
 def _timm_config(path: Path) -> dict[str, Any]:
     """Mean and standard deviation from a hub repository's config.json."""
     try:
-        about = json.loads(path.read_text())
-        about = about["pretrained_cfg"] if "pretrained_cfg" in about else about
+        content = json.loads(path.read_text())
+        about = content.get("pretrained_cfg", content)
         return {key: tuple(about[key]) for key in ("mean", "std") if key in about}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}  # of use for the normalisation alone
