@@ -4,6 +4,11 @@ python -m flaxcls.main --config=configs/vgg13.py
 python -m flaxcls.main --mode=evaluate --workdir=runs/vgg13-digits
 """
 
+from flaxcls import interrupt
+
+if __name__ == "__main__":
+    interrupt.listen()  # before JAX is imported, which takes seconds
+
 import argparse
 import dataclasses
 import importlib
@@ -45,7 +50,8 @@ class Command:
 
 
 def run() -> None:
-    """Console entry: runs the command of `sys.argv` and exits."""
+    """Runs the command of `sys.argv` and exits."""
+    interrupt.listen()
     sys.exit(main(sys.argv))
 
 
@@ -63,10 +69,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"flaxcls: {error}", file=sys.stderr)
         _end_with_the_others()
         return 2
-    except KeyboardInterrupt:
-        print(
-            "flaxcls: stopped; the same command resumes from the last checkpoint", file=sys.stderr
-        )
+    except KeyboardInterrupt:  # only where `interrupt` does not listen: called as a function
+        print(f"flaxcls: {interrupt.SENTENCE}", file=sys.stderr)
         return 130
 
 

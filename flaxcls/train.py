@@ -46,7 +46,7 @@ class Interrupted(Exception):
 class StopRequest:
     """Remembers SIGTERM and Ctrl-C while the loop runs; a second one stops at once.
 
-    Before and after the loop there is nothing to save, and signals act as they always do. With
+    Before and after the loop there is nothing to save, and signals act as they did before. With
     several processes a signal to one of them stops all, after the same step.
 
     Attributes:
@@ -55,6 +55,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number = 0
+        self._before: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -65,22 +66,23 @@ class StopRequest:
             handlers = {signal.SIGTERM: self._remember, signal.SIGINT: self._remember}
         else:  # JAX handles SIGTERM itself: it tells the other processes
             handlers = {signal.SIGINT: self._pass_on}
-        before = {number: signal.signal(number, h) for number, h in handlers.items()}
+        self._before = {number: signal.signal(number, h) for number, h in handlers.items()}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
 
     def _remember(self, number: int, frame: Any) -> None:
         del frame
         if self.signal_number:
-            raise KeyboardInterrupt
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
         self.signal_number = number
 
     def _pass_on(self, number: int, frame: Any) -> None:
-        del number, frame
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        del frame
+        signal.signal(number, self._before[number])
         signal.raise_signal(signal.SIGTERM)
 
     def agreed(self, steps: range) -> bool:
