@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -181,7 +181,7 @@ class Checkpoints:
         try:
             return read()
         except Exception as error:
-            if isinstance(error, PermissionError | MemoryError) or "EXHAUSTED" in str(error):
+            if isinstance(error, PermissionError) or is_out_of_memory(error):
                 raise InputError(
                     f"{self.directory / str(step)}: the checkpoint cannot be read now "
                     f"({_reason(error)}); remove the cause and run the same command again"

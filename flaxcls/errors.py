@@ -1,7 +1,8 @@
 """The one exception for mistakes in what the user gave, and the remedy for a misspelt name."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
@@ -20,3 +21,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return f"did you mean {by_lower[near[0]]!r}?"
     more = f", ... ({len(names)} in all)" if len(names) > 12 else ""
     return f"choose one of {', '.join(names[:12])}{more}" if names else "there are none"
+
+
+@contextlib.contextmanager
+def out_of_memory(remedy: str) -> Iterator[None]:
+    """Turns "out of memory", of a device or of this machine, into an InputError with the remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"there is too little memory; {remedy}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or JAX, whose error is one of many in a RuntimeError, found no more memory."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
+    )

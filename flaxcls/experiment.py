@@ -88,8 +88,12 @@ class Experiment:
 
     @property
     def eval_batch_size(self) -> int:
-        """Batch of evaluation, rounded up to what the devices can share: padding does not count."""
-        size = self.config.eval.batch_size or self.config.train.batch_size
+        """Batch of evaluation, rounded up to what the devices can share: padding does not count.
+
+        At most the largest split: more would be nothing but padding.
+        """
+        largest = max(len(feed.split) for feed in self.data.feeds.values())
+        size = min(self.config.eval.batch_size or self.config.train.batch_size, largest)
         return -(-size // self.mesh.size) * self.mesh.size
 
     @property

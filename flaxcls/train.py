@@ -20,7 +20,7 @@ from flaxcls import metrics, ops
 from flaxcls.checkpoint import Checkpoints
 from flaxcls.data.dataset import class_counts
 from flaxcls.data.loader import DeviceIterator
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, out_of_memory
 from flaxcls.evaluate import Evaluator
 from flaxcls.experiment import Experiment, for_training
 from flaxcls.history import Record, best_record, metric_mode, should_stop
@@ -127,16 +127,20 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str]
         ):
             introduce(experiment, progress, notes)
             loop = Loop(experiment, checkpoints, files, progress, stop)
-            loop.restore_or_initialise()
-            loop.run()
-            return files.finish(
-                experiment,
-                loop.best_variables(),
-                loop.best,
-                loop.evaluator,
-                loop.history,
-                progress,
-            )
+            with out_of_memory(
+                "lower train.batch_size, eval.batch_size or data.image_size, or raise "
+                "optimizer.accumulate"
+            ):
+                loop.restore_or_initialise()
+                loop.run()
+                return files.finish(
+                    experiment,
+                    loop.best_variables(),
+                    loop.best,
+                    loop.evaluator,
+                    loop.history,
+                    progress,
+                )
 
 
 def introduce(experiment: Experiment, progress: Progress, notes: list[str]) -> None:

@@ -607,6 +607,44 @@ def test_a_batch_that_devices_cannot_share_is_named(tmp_path):
     assert output == ""
 
 
+HUGE = """
+from flax import linen as nn
+from flaxcls import config, models
+
+class Huge(nn.Module):
+    num_classes: int
+    dtype: object = None
+    param_dtype: object = None
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        four_terabytes = self.param("bias", nn.initializers.zeros, (2**40,))
+        logits = nn.Dense(self.num_classes)(images.reshape(len(images), -1))
+        return logits + four_terabytes[: self.num_classes]
+
+models.register("huge", Huge)
+
+def get_config():
+    c = config.for_dataset("digits")
+    c.model.name = "huge"
+    return c
+"""
+
+
+def test_too_little_memory_is_one_sentence(tmp_path):
+    (tmp_path / "huge.py").write_text(HUGE)
+    process = command(f"--config={tmp_path}/huge.py", f"--workdir={tmp_path}/run")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert error.startswith("flaxcls: there is too little memory; lower train.batch_size, ")
+    assert error.count("\n") == 1
+
+
+def test_a_batch_of_evaluation_is_no_larger_than_what_is_evaluated(tmp_path):
+    done = run(*SMALL, "--config.eval.batch_size=1000000000", f"--workdir={tmp_path}/run")
+    assert done.code == 0, done.error
+
+
 def test_nothing_but_the_sentence_is_printed_for_a_damaged_checkpoint(finished):
     for step in (8, 16):
         harm(finished / "checkpoints" / str(step), "cut")
