@@ -88,6 +88,10 @@ class Checkpoints:
         """Returns the steps of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
+    def reload(self) -> None:
+        """Looks again which checkpoints there are: another process may be training the run."""
+        self._manager.reload()
+
     def save(
         self, step: int, state: Any, metrics: Any, log: dict[str, Any], best_step: int | None
     ) -> None:
@@ -175,6 +179,15 @@ class Checkpoints:
         )
         read = self._read(step, lambda: self._manager.restore(step, args=items))
         return Restored(step, read["state"], read["epoch"], read["log"])
+
+    def read_log(self, step: int) -> dict[str, Any]:
+        """Reads what a checkpoint holds besides arrays.
+
+        Raises:
+          InputError: it is damaged.
+        """
+        items = ocp.args.Composite(log=ocp.args.JsonRestore())
+        return self._read(step, lambda: self._manager.restore(step, args=items)["log"])
 
     def _read(self, step: int, read: Callable[[], T]) -> T:
         """Reads a part of a checkpoint, or raises DamagedCheckpoint for whatever goes wrong."""

@@ -66,8 +66,8 @@ class Experiment:
       mesh: the devices.
       recipe: what a step does.
       order: the examples of each training step.
-      evaluated: in evaluation, the name of what is evaluated: a split, or DATASET-SPLIT of other
-        data than the run's.
+      evaluated: in evaluation, the name of what is evaluated: a split, or
+        DATASET-FINGERPRINT-SPLIT of other data than the run's.
     """
 
     config: ConfigDict
@@ -329,7 +329,8 @@ def _read_for_evaluation(
         if split not in dataset.splits and set(dataset.splits) == {"train"}:
             note = f"data: {dataset.name} has no splits, so all of it is evaluated"
             dataset, split = dataclasses.replace(dataset, notes=(*dataset.notes, note)), "all"
-    name = split if own else f"{Path(dataset.name).name}-{split}"
+    # Two folders of the same base name are two data sets.
+    name = split if own else f"{Path(dataset.name).name}-{fingerprint(dataset)[:8]}-{split}"
     if split == "all":
         return dataclasses.replace(dataset, splits={"test": merged(dataset)}), name
     if split not in dataset.splits:

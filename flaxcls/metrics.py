@@ -228,8 +228,8 @@ def compute(host_state: MetricState) -> dict[str, float | list[float]]:
     """Returns the metrics of a state that was fetched with `jax.device_get`, in float64.
 
     Precision, recall and F1 are scikit-learn's over all classes with `zero_division=0`: macro is
-    the plain mean over classes, weighted the mean by support. Without any example, loss and
-    accuracy are NaN.
+    the plain mean over classes, in which one without examples counts as 0, weighted the mean by
+    support. Without any example, loss and accuracy are NaN.
 
     Returns:
       `loss`, each part, `accuracy`, of a hierarchical model `parent_accuracy` and

@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from flaxcls import config, main, models
+from flaxcls.checkpoint import Checkpoints
 from flaxcls.errors import InputError
 
 METRICS = {
@@ -309,7 +310,8 @@ def test_all_splits_can_be_evaluated_together(copy):
     assert hits[160:].sum() == correct["test"]
 
 
-def test_a_given_step_can_be_evaluated(copy):
+def test_a_given_step_can_be_evaluated_beside_what_is_there(copy):
+    before = contents(copy)
     for step in (8, 16):
         done = run(
             "--mode=evaluate",
@@ -318,10 +320,11 @@ def test_a_given_step_can_be_evaluated(copy):
             f"--config.eval.step={step}",
         )
         assert f"checkpoint of step {step}" in done.output
-        measured = read(copy / "predictions" / "val.json")
+        measured = read(copy / "predictions" / f"val-step{step}.json")
         record = next(r for r in records(copy) if r["split"] == "val" and r["step"] == step)
         assert measured["step"] == step
         assert {name: measured[name] for name in METRICS} == {n: record[n] for n in METRICS}
+    assert before.items() <= contents(copy).items()
     said = run("--mode=evaluate", f"--workdir={copy}", "--config.eval.step=9").sentence
     assert "no checkpoint of step 9" in said
     assert "8, 16" in said
@@ -353,12 +356,64 @@ def test_other_data_can_be_evaluated_where_a_class_is_missing(copy, photos):
     new = sorted(set(after) - set(before))
     assert len(new) == 3
     assert all(name.startswith("predictions/photos-") for name in new)
+    assert "1 of 10 classes have no examples here; the macro means" in done.output
     rows = list(csv.DictReader((copy / next(n for n in new if n.endswith(".csv"))).open()))
     assert len(rows) == len(list(photos.rglob("*.png")))
     assert all(row["file"].split("/")[0] == row["truth"] for row in rows)
     support = read(copy / next(n for n in new if n.endswith(".json")))["support"]
     assert support[7] == 0
     assert sum(support) == len(rows)
+
+
+def test_other_data_of_the_same_name_have_results_of_their_own(copy, photos, tmp_path):
+    others = shutil.copytree(photos, tmp_path / "others" / "photos")
+    next(others.rglob("*.png")).unlink()
+    for path in (photos, others):
+        flags = ("--config.data.source=image_folder", f"--config.data.path={path}")
+        assert run("--mode=evaluate", f"--workdir={copy}", *flags).code == 0
+    rows = [path.read_text().count("\n") for path in copy.glob("predictions/photos-*.csv")]
+    assert len(rows) == 2
+    assert rows[0] != rows[1]
+
+
+@pytest.mark.parametrize("left", ["nothing", "cut off"])
+def test_the_best_checkpoint_is_known_without_the_written_metrics(copy, left):
+    log = copy / "checkpoints" / "16" / "log" / "metadata"
+    stored = read(log)
+    stored["history"][1]["accuracy"] = 1.0  # of validation after the first epoch
+    log.write_text(json.dumps(stored))
+    if left == "cut off":
+        (copy / "metrics.jsonl").write_text((copy / "metrics.jsonl").read_text()[:40])
+    else:
+        (copy / "metrics.jsonl").unlink()
+    assert "checkpoint of step 8;" in run("--mode=evaluate", f"--workdir={copy}").output
+
+
+def test_top_k_may_be_another_in_evaluation(copy):
+    done = run("--mode=evaluate", f"--workdir={copy}", "--config.eval.top_k=2")
+    assert done.code == 0, done.error
+    assert "top_2" in read(copy / "predictions" / "test.json")
+
+
+def test_a_checkpoint_that_training_removes_meanwhile_is_not_damaged(copy, monkeypatch):
+    """As a run does that has found a better one, and whose removal takes a moment."""
+    best = 8 * read(copy / "summary.json")["best_epoch"]
+    other = {8: 16, 16: 8}[best]
+    original, tried = Checkpoints.restore, []
+
+    def pruned(checkpoints, step, *wanted):
+        tried.append(step)
+        if len(tried) == 1:
+            shutil.rmtree(copy / "checkpoints" / str(best) / "state")
+        elif len(tried) == 2:
+            shutil.rmtree(copy / "checkpoints" / str(best))
+        return original(checkpoints, step, *wanted)
+
+    monkeypatch.setattr(Checkpoints, "restore", pruned)
+    done = run("--mode=evaluate", f"--workdir={copy}")
+    assert done.code == 0, done.error
+    assert tried == [best, best, other]
+    assert f"checkpoint of step {other};" in done.output
 
 
 def test_other_data_with_an_unknown_class_are_refused(copy, photos):

@@ -15,7 +15,17 @@ from flaxcls.config.keys import default, flatten, key_types
 from flaxcls.errors import InputError, did_you_mean
 
 # A run may be resumed with other values of these; all else is part of what the run is.
-MAY_CHANGE = ("mesh", "log", "checkpoint", "eval", "data.path", "data.workers", "data.placement")
+MAY_CHANGE = (
+    "mesh",
+    "log",
+    "checkpoint",
+    "eval.batch_size",
+    "eval.split",
+    "eval.step",
+    "data.path",
+    "data.workers",
+    "data.placement",
+)
 
 LENGTH_FREE_SCHEDULES = ("constant", "step", "multi_step", "plateau")
 
