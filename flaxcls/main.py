@@ -109,6 +109,10 @@ def parse(argv: Sequence[str]) -> Command:
     Raises:
       InputError: an unknown flag or key, a value of the wrong type, a config that cannot be read.
     """
+    for argument in argv:
+        if "\0" in argument:
+            flag = argument.partition("=")[0]
+            raise InputError(f"{flag}: {argument!r} holds a NUL character; remove it")
     parser = _parser()
     given, keys = parser.parse_known_args(argv[1:])
     if given.mode not in MODES:
@@ -136,13 +140,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config",
+        type=os.path.expanduser,
         metavar="FILE[:DATASET]",
         help="config file, or the name of one that comes with flaxcls; --config.GROUP.KEY=VALUE "
         "overrides a key",
     )
     parser.add_argument("--mode", default="train", help=f"one of {', '.join(MODES)}")
     parser.add_argument(
-        "--workdir", metavar="DIR", help="run folder; by default runs/CONFIG-DATASET"
+        "--workdir",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="run folder; by default runs/CONFIG-DATASET",
     )
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT", help="first of several processes, given to each"
@@ -249,15 +257,51 @@ def _start_jax(config: ConfigDict, given: argparse.Namespace) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
-    if given.coordinator is not None:
-        if given.num_processes is None or given.process_id is None:
-            raise InputError(
-                "--coordinator needs --num_processes and --process_id too; give all three"
-            )
-        jax.distributed.initialize(given.coordinator, given.num_processes, given.process_id)
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        jax.distributed.initialize()
+    _join_processes(jax, given)
     ops.set_backend(config.ops.backend)
+
+
+def _join_processes(jax: Any, given: argparse.Namespace) -> None:
+    """Connects this process with the others of its run, where flags or SLURM say there are any."""
+    arguments: tuple[Any, ...] = (given.coordinator, given.num_processes, given.process_id)
+    if arguments != (None, None, None):
+        _check_process_flags(given)
+        remedy = f"see that process 0 runs at {given.coordinator}"
+    elif "SLURM_PROCID" in os.environ and _slurm_tasks() > 1:
+        arguments = ()  # JAX reads them from SLURM's variables
+        remedy = "start the command with srun, or unset SLURM_NTASKS to run it alone"
+    else:
+        return
+    try:
+        jax.distributed.initialize(*arguments)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"the processes cannot be connected ({reason}); {remedy}") from error
+
+
+def _check_process_flags(given: argparse.Namespace) -> None:
+    if None in (given.coordinator, given.num_processes, given.process_id):
+        raise InputError(
+            "--coordinator, --num_processes and --process_id belong together; give all three"
+        )
+    _, _, port = given.coordinator.rpartition(":")
+    if not re.fullmatch(r".+:\d{1,5}", given.coordinator) or not 0 < int(port) < 2**16:
+        raise InputError(
+            f"--coordinator: {given.coordinator!r} is not HOST:PORT; give the host of process 0 "
+            "and a free port of it, such as localhost:1234"
+        )
+    if not 0 <= given.process_id < given.num_processes:
+        raise InputError(
+            f"--process_id: {given.process_id} is not one of the {given.num_processes} processes; "
+            "number them from 0 to --num_processes - 1"
+        )
+
+
+def _slurm_tasks() -> int:
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if not tasks.isdecimal():
+        raise InputError(f"SLURM_NTASKS: {tasks!r} is not a number; unset it or start with srun")
+    return int(tasks)
 
 
 if __name__ == "__main__":

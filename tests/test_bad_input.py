@@ -207,6 +207,11 @@ MISTAKES = {
     "syntax error in the config": Mistake(
         lambda: config_file(f"{MINE}c.train.epochs = (\n"), "mine.py, line 4", "correct the config"
     ),
+    "config that exits": Mistake(
+        lambda: config_file(f"import sys\n{MINE}sys.exit()\n"),
+        "mine.py, line 5: SystemExit",
+        "correct the config file",
+    ),
     "no get_config": Mistake(lambda: config_file("c = 3\n"), "mine.py: there is no", "define one"),
     "no such config": Mistake(lambda: ["--config=lenat"], "'lenat'", "did you mean 'lenet'?"),
     "unknown data set": Mistake(

@@ -486,6 +486,14 @@ def test_help_names_modes_flags_and_configs(capsys):
         assert said in shown
 
 
+def several(coordinator, processes, process):
+    return (
+        f"--coordinator={coordinator}",
+        f"--num_processes={processes}",
+        f"--process_id={process}",
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -501,12 +509,39 @@ def test_help_names_modes_flags_and_configs(capsys):
         (["--config=lenet", "--config.train.epochs"], "Missing value for flag"),
         (["--config=lenet", "--num_processes=x"], "invalid int value: 'x'"),
         (["--config=lenet", "--coordinator=here:1"], "give all three"),
+        (["--config=lenet", "--num_processes=2", "--process_id=1"], "give all three"),
+        (["--config=lenet", *several("localhost", 2, 0)], "'localhost' is not HOST:PORT; give"),
+        (["--config=lenet", *several("localhost:99999", 2, 0)], "is not HOST:PORT"),
+        (["--config=lenet", *several("localhost:1", 2, 7)], "7 is not one of the 2 processes"),
+        (["--config=lenet", *several("localhost:1", 2, -1)], "-1 is not one of the 2 processes"),
+        (["--config=lenet", "--workdir=a\0b"], "--workdir: '--workdir=a\\x00b' holds a NUL"),
     ],
 )
 def test_an_incomplete_command_says_what_is_missing(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     assert said in run(*arguments).sentence
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ("abc", "SLURM_NTASKS: 'abc' is not a number; unset it or start with srun"),
+        ("2", "start the command with srun, or unset SLURM_NTASKS to run it alone"),
+    ],
+)
+def test_half_of_what_slurm_sets_is_named(tmp_path, monkeypatch, tasks, said):
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert said in run(*SMALL, f"--workdir={tmp_path}/run").sentence
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(Path(main.__file__).parents[1] / "configs" / "lenet.py", tmp_path / "mine.py")
+    command = main.parse(["flaxcls", "--config=~/mine.py:digits", "--workdir=~/run"])
+    assert command.workdir == tmp_path / "run"
 
 
 def test_a_folder_without_a_checkpoint_cannot_be_evaluated(tmp_path):

@@ -94,15 +94,14 @@ def from_file(path: Path, *dataset: str) -> ConfigDict:
     except SyntaxError as error:
         where = f"{path}, line {error.lineno}" if error.lineno else str(path)
         raise InputError(f"{where}: not Python ({error.msg}); correct the config file") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f", line {frame.lineno}" for frame in frames if frame.filename == str(path)]
         where = str(path) + "".join(lines[-1:])
         if "config_dict" in frames[-1].filename:
             raise InputError(f"{where}: {_explain(error)}") from error
-        raise InputError(
-            f"{where}: {type(error).__name__}: {_first_line(error)}; correct the config file"
-        ) from error
+        said = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise InputError(f"{where}: {said}; correct the config file") from error
     if not hasattr(module, "get_config"):
         raise InputError(
             f"{path}: there is no function get_config(dataset) in it; define one that returns the "
@@ -125,7 +124,7 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     """Says in short what ml_collections says of a key or a value, with the whole tree around it."""
     text = str(error)
     wrong = re.search(r"field '(\w+)'.*?\. (.*) is of original .* to type <class '(.*)'>", text)
