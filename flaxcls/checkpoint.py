@@ -58,6 +58,9 @@ class Checkpoints:
       directory: of the run's checkpoints; made where it is missing.
       keep: how many of the latest are kept, besides the best.
       read_only: nothing will be saved; the directory may be one that cannot be written.
+
+    Raises:
+      InputError: the directory cannot be made, or Orbax cannot write to one of that name.
     """
 
     def __init__(self, directory: Path, keep: int = 2, *, read_only: bool = False):
@@ -65,20 +68,22 @@ class Checkpoints:
         self._best_step: int | None = None
         self._damaged: tuple[int, ...] = ()
         self.directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "epoch": ocp.StandardCheckpointHandler(),
-                "log": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=None if read_only else _LatestAndBest(self, keep),
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-                enable_async_checkpointing=True,
-            ),
-        )
+        check_directory(directory)
+        with _writing(self.directory):
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "epoch": ocp.StandardCheckpointHandler(),
+                    "log": ocp.JsonCheckpointHandler(),
+                },
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=None if read_only else _LatestAndBest(self, keep),
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
+                    enable_async_checkpointing=True,
+                ),
+            )
 
     @property
     def best_step(self) -> int | None:
@@ -227,6 +232,26 @@ class Checkpoints:
         self.close()
 
 
+def check_directory(directory: Path) -> None:
+    """Refuses, before anything is compiled, a place that cannot hold checkpoints.
+
+    Raises:
+      InputError: it is a file, or a name in its path is not UTF-8.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(
+            f"'{directory}' is a file, and checkpoints are kept in a folder of that name; move it "
+            "or give another --workdir"
+        )
+    try:
+        str(directory.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"'{directory.absolute()}': the name is not UTF-8, and Orbax writes to no such folder; "
+            "rename it or give another --workdir"
+        ) from error
+
+
 class _LatestAndBest:
     """Orbax's policy of what stays: the latest few and the best."""
 
@@ -292,6 +317,10 @@ def _show_all_but_abandoned(show: Callable[[Any], object], unraisable: Any) -> N
         show(unraisable)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
     try:
@@ -299,10 +328,16 @@ def _writing(directory: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        reason = _reason(error)
+        if reason in map(os.strerror, _FULL):
+            remedy = "free some space or give another --workdir"
+        elif reason in map(os.strerror, _FORBIDDEN):
+            remedy = "give write permission or another --workdir"
+        else:
+            remedy = "remove the cause or give another --workdir"
         raise InputError(
-            f"{directory}: the checkpoint could not be written ({_reason(error)}); free some "
-            "space or give another --workdir, then run the same command to resume from the last "
-            "complete one"
+            f"{directory}: the checkpoint could not be written ({reason}); {remedy}, then run the "
+            "same command to resume from the last complete one"
         ) from error
 
 
@@ -311,7 +346,7 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error)
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+    for number in (*_FULL, *_FORBIDDEN, errno.EIO):
         if os.strerror(number) in text:
             return os.strerror(number)
     lines = [line.strip() for line in text.splitlines() if line.strip()]

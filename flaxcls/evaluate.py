@@ -92,7 +92,8 @@ def write_predictions(
     """Writes `NAME.npz` and `NAME.csv`, one row an example in the split's order.
 
     The `.npz` holds index int32 (N,), label int32 (N,), logits float (N, C), probabilities float32
-    (N, C) and class_names; the `.csv` index, file, truth, prediction and its probability.
+    (N, C) and class_names; the `.csv` index, file, truth, prediction and its probability. Names
+    that are not UTF-8 are written as `runlog.encode` does.
     """
     probabilities = softmax(logits)
     predictions = logits.argmax(axis=1)
@@ -112,4 +113,4 @@ def write_predictions(
         file = split.names[i] if split.names is not None else ""
         row = [i, file, class_names[label], class_names[guess], f"{probabilities[i, guess]:.6f}"]
         writer.writerow(row)
-    runlog.write_bytes(folder / f"{name}.csv", table.getvalue().encode())
+    runlog.write_bytes(folder / f"{name}.csv", runlog.encode(table.getvalue()))

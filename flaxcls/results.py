@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from flaxcls import config as config_module
 from flaxcls import pretrained, runlog
 from flaxcls.analysis.plots import plot_run
+from flaxcls.checkpoint import check_directory
 from flaxcls.data.dataset import class_counts
 from flaxcls.data.load import check_run_folder
 from flaxcls.errors import InputError
@@ -50,6 +51,7 @@ class RunFiles:
         self._lock = runlog.RunFolder(folder) if self.writes else contextlib.nullcontext()
         self._events: runlog.Events | None = None
         try:
+            check_directory(folder / "checkpoints")
             self.finished_summary = self._compare(folder / "config.json")
             self.earlier = (
                 read_description(folder) if (folder / "preprocess.json").exists() else None
@@ -72,6 +74,11 @@ class RunFiles:
 
     def _compare(self, path: Path) -> dict[str, Any] | None:
         if not path.exists():
+            if any((self.folder / "checkpoints").glob("[0-9]*")):
+                raise InputError(
+                    f"'{self.folder}' holds checkpoints but no config.json, so that nothing says "
+                    "what they are of; restore that file or give another --workdir"
+                )
             return None
         stored = config_module.load(path)
         differing = config_module.differences(stored, self._config)

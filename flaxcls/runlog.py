@@ -153,7 +153,15 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes indented JSON atomically; numbers in full precision, NaN and infinity as null."""
     text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, encode(text + "\n"))
+
+
+def encode(text: str) -> bytes:
+    r"""UTF-8, with what is not UTF-8 in the name of a file as an escape: `caf\udce9.png`.
+
+    In JSON such an escape is read back as the name that it was.
+    """
+    return text.encode(errors="backslashreplace")
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
@@ -177,13 +185,13 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def write_metrics(path: str | os.PathLike[str], history: Sequence[Record]) -> None:
     """Writes `metrics.jsonl` anew from the history: a resumed run drops what it will redo."""
-    write_bytes(path, "".join(map(_line, history)).encode())
+    write_bytes(path, encode("".join(map(_line, history))))
 
 
 def append_metrics(path: str | os.PathLike[str], record: Record) -> None:
     """Adds one record to `metrics.jsonl`."""
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(_line(record))
+    with writing(path), open(path, "ab") as file:
+        file.write(encode(_line(record)))
         file.flush()
         os.fsync(file.fileno())
 

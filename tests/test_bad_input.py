@@ -468,6 +468,59 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(finished):
     assert run("--mode=evaluate", f"--workdir={finished}", "--config.eval.step=16").code == 0
 
 
+def test_checkpoints_without_their_config_are_not_gone_on_with(unfinished):
+    (unfinished / "config.json").unlink()
+    before = contents(unfinished)
+    sentence = run(*SMALL, f"--workdir={unfinished}").sentence
+    assert "'run' holds checkpoints but no config.json" in sentence
+    assert "restore that file or give another --workdir" in sentence
+    assert contents(unfinished) == before
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/checkpoints").write_text("mine")
+    sentence = run(*SMALL, "--workdir=run").sentence
+    assert "'run/checkpoints' is a file" in sentence
+    assert "move it or give another --workdir" in sentence
+    assert contents(Path("run")).keys() == {"checkpoints"}
+
+
+# Names that are not UTF-8.
+
+LATIN_1 = os.fsdecode(b"caf\xe9")
+
+
+def test_names_that_are_not_utf_8_are_trained_on_and_evaluated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = photos(LATIN_1, classes=(LATIN_1, "tea"))
+    for path in folder.rglob("*.jpg"):
+        path.rename(path.with_name(f"{LATIN_1} {path.name}"))
+    flags = (*SMALL, *images(folder), "--config.train.batch_size=8", "--config.train.epochs=1")
+    done = run(*flags, "--config.log.plots=True", "--workdir=run")
+    assert done.code == 0, done.error
+    assert json.loads(Path("run/preprocess.json").read_text())["class_names"] == [LATIN_1, "tea"]
+    for path in Path("run").rglob("*.[cj]s*"):
+        path.read_text(encoding="utf-8")  # .csv, .json and .jsonl open everywhere
+    assert "caf\\udce9/caf\\udce9 " in Path("run/predictions/test.csv").read_text()
+    before = Path("run/predictions/test.csv").read_bytes()
+    assert run("--mode=evaluate", "--workdir=run").code == 0
+    assert Path("run/predictions/test.csv").read_bytes() == before
+    assert "is finished" in run(*flags, "--config.log.plots=True", "--workdir=run").output
+
+
+@pytest.mark.parametrize("place", ["run folder", "working directory"])
+def test_a_run_folder_whose_name_is_not_utf_8_is_refused_at_once(tmp_path, monkeypatch, place):
+    workdir = f"--workdir={LATIN_1 if place == 'run folder' else 'run'}"
+    (tmp_path / LATIN_1).mkdir()
+    monkeypatch.chdir(tmp_path if place == "run folder" else tmp_path / LATIN_1)
+    sentence = run(*SMALL, workdir).sentence
+    assert "the name is not UTF-8" in sentence
+    assert "rename it or give another --workdir" in sentence
+    assert not contents(tmp_path)
+
+
 # Losses that are not finite.
 
 DIVERGING = (

@@ -70,7 +70,7 @@ def test_every_picture_is_written_and_nothing_stays_in_memory(tmp_path, classes)
 @pytest.mark.parametrize("splits", [("train",), ("val",)])
 def test_one_epoch_and_missing_splits_and_metrics_are_drawn(tmp_path, splits):
     history, confusion, counts = synthetic(2, 1, splits)
-    names = ["_cost: $5 or $6", "猫 \n line"]
+    names = ["_cost: $5 or $6", "猫 \n line \udce9"]
     assert len(plots.plot_run(history, confusion * 0, names, counts, tmp_path)) == len(NAMES)
     for record in history:
         del record["class_accuracy"], record["f1_macro"], record["precision_macro"]

@@ -418,7 +418,10 @@ def _percent(share: float) -> str:
 
 
 def _short(name: Any, most: int = 28) -> str:
-    """A class name of at most `most` characters, in which matplotlib finds no formula."""
-    text = " ".join(str(name).split())
+    """A class name of at most `most` characters, in which matplotlib finds no formula.
+
+    What is not UTF-8 becomes ?, since matplotlib draws nothing else.
+    """
+    text = " ".join(str(name).encode(errors="replace").decode().split())
     text = text if len(text) <= most else text[: most - 3] + "..."
     return text.replace("$", r"\$")
