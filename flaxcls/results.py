@@ -3,6 +3,7 @@
 import contextlib
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,42 @@ from flaxcls.sharding import fetch, replicated
 FORMAT_VERSION = 1
 PREVIOUS_SUMMARY = "summary.previous.json"
 
-# What is read again of `summary.json` and of `preprocess.json`.
-SUMMARY_KEYS = ("model", "params", "best_epoch", "epochs", "seconds", "val", "test")
-DESCRIPTION_KEYS = ("class_names", "class_counts", "mean", "std", "placement", "fingerprint")
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_scores(value: Any) -> bool:
+    """Metrics by name, or None where the split was not measured."""
+    return value is None or (
+        isinstance(value, dict)
+        and all(score is None or runlog.is_number(score) for score in value.values())
+    )
+
+
+def _each(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) > 0 and all(map(is_one, value))
+
+
+# What is read again of `summary.json` and of `preprocess.json`, and what it must be.
+SUMMARY_KINDS = {
+    "model": _is_text,
+    "params": runlog.is_count,
+    "best_epoch": runlog.is_count,
+    "epochs": runlog.is_count,
+    "seconds": runlog.is_number,
+    "images_per_second": lambda value: value is None or runlog.is_number(value),
+    "val": _is_scores,
+    "test": _is_scores,
+}
+DESCRIPTION_KINDS = {
+    "class_names": _each(_is_text),
+    "class_counts": _each(runlog.is_count),
+    "mean": _each(runlog.is_number),
+    "std": _each(runlog.is_number),
+    "placement": _is_text,
+    "fingerprint": _is_text,
+}
 
 
 class RunFiles:
@@ -89,7 +123,7 @@ class RunFiles:
             )
         done = self.folder / "summary.json"
         if done.exists() and stored.train.epochs >= self._config.train.epochs:
-            return _read_with(done, SUMMARY_KEYS)
+            return _read_with(done, SUMMARY_KINDS)
         return None
 
     def show_finished(self) -> None:
@@ -208,21 +242,32 @@ def read_description(folder: Path) -> dict[str, Any]:
       InputError: the file is missing, damaged, or of a later version of flaxcls.
     """
     path = folder / "preprocess.json"
-    described = _read_with(path, ("format_version", *DESCRIPTION_KEYS))
-    if described["format_version"] != FORMAT_VERSION:
+    version = _read_with(path, {"format_version": runlog.is_count})["format_version"]
+    if version != FORMAT_VERSION:
         raise InputError(
-            f"'{path}' has format {described['format_version']}, and this version of flaxcls reads "
-            f"format {FORMAT_VERSION}; use the version that wrote it"
+            f"'{path}' has format {version}, and this version of flaxcls reads format "
+            f"{FORMAT_VERSION}; use the version that wrote it"
+        )
+    described = _read_with(path, DESCRIPTION_KINDS)
+    counts, names = described["class_counts"], described["class_names"]
+    if len(counts) != len(names):
+        raise InputError(
+            f"'{path}' has {len(counts)} counts for {len(names)} classes; restore or remove it"
         )
     return described
 
 
-def _read_with(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Reads a JSON object that must hold these keys."""
+def _read_with(path: Path, kinds: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    """Reads a JSON object that must hold these keys, with values of these kinds."""
     content = runlog.read_json(path)
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise InputError(f"'{path}' holds no {missing[0]!r}; restore or remove it")
+    for key, is_kind in kinds.items():
+        if not isinstance(content, dict) or key not in content:
+            raise InputError(f"'{path}' holds no {key!r}; restore or remove it")
+        if not is_kind(content[key]):
+            raise InputError(
+                f"'{path}': {key!r} is {content[key]!r:.80}, which no run writes; restore or "
+                "remove that file"
+            )
     return content
 
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from flaxcls.errors import InputError
-from flaxcls.history import Record, scalars
+from flaxcls.history import SPLITS, Record, scalars
 
 PACKAGES = (
     "jax",
@@ -199,22 +199,50 @@ def append_metrics(path: str | os.PathLike[str], record: Record) -> None:
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
     """The history in `metrics.jsonl`, without a last line that was cut off; [] without a file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
         raise InputError(f"cannot read '{path}': {error.strerror}") from error
-    *lines, _cut_off = text.split("\n")
+    *lines, _cut_off = content.split(b"\n")
     history = []
     for number, line in enumerate(lines, 1):
+        where = f"'{path}', line {number}"
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
         except ValueError as error:
-            raise InputError(f"'{path}', line {number} is not JSON; remove that line") from error
-        if not isinstance(record, dict) or not record.keys() >= {"epoch", "split", "loss"}:
-            raise InputError(f"'{path}', line {number} is no record of metrics; remove that line")
+            raise InputError(f"{where} is not JSON; remove that line") from error
+        if not isinstance(record, dict) or not record.keys() >= _RECORD_KINDS.keys():
+            raise InputError(f"{where} is no record of metrics; remove that line")
+        for key, value in record.items():
+            if not _RECORD_KINDS.get(key, _is_measured)(value):
+                raise InputError(f"{where}: {key!r} is {value!r:.80}; correct or remove that line")
         history.append(record)
     return history
+
+
+def is_number(value: Any) -> bool:
+    """Whether what JSON held is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def is_count(value: Any) -> bool:
+    """Whether what JSON held is a whole number from 0."""
+    return is_number(value) and isinstance(value, int) and value >= 0
+
+
+def _is_measured(value: Any) -> bool:
+    """A number, or one a class; None stands for what is not finite."""
+    values = value if isinstance(value, list) else [value]
+    return all(one is None or is_number(one) for one in values)
+
+
+_RECORD_KINDS: dict[str, Callable[[Any], bool]] = {
+    "epoch": is_count,
+    "split": lambda value: value in SPLITS,
+    "step": is_count,
+    "loss": lambda value: value is None or is_number(value),
+}
 
 
 class Events:

@@ -394,6 +394,9 @@ def test_a_checkpoint_of_other_shapes_is_named_with_both(finished, three_classes
     assert contents(finished) == before
 
 
+RECORD = '{"epoch": 1, "split": "train", "step": 8, "loss": 0.5, "f1": [1, 0]}\n'
+
+
 @pytest.mark.parametrize(
     ("file", "text", "mode", "said"),
     [
@@ -402,15 +405,32 @@ def test_a_checkpoint_of_other_shapes_is_named_with_both(finished, three_classes
         ("config.json", "", "evaluate", "config.json: not a config that this version"),
         ("summary.json", "{", "train", "summary.json' is not JSON"),
         ("summary.json", "[]", "train", "summary.json' holds no 'model'"),
+        ("summary.json", {"val": 3}, "train", "summary.json': 'val' is 3"),
+        ("summary.json", {"val": {"loss": "x"}}, "train", "'val' is {'loss': 'x'}"),
+        ("summary.json", {"params": "x"}, "train", "summary.json': 'params' is 'x'"),
+        ("summary.json", {"seconds": None}, "train", "summary.json': 'seconds' is None"),
+        ("metrics.jsonl", b"\xff\xfe\n", "train", "metrics.jsonl', line 1 is not JSON"),
+        ("metrics.jsonl", RECORD.replace("8", "null"), "train", "line 1: 'step' is None"),
+        ("metrics.jsonl", RECORD.replace("0.5", '"x"'), "train", "line 1: 'loss' is 'x'"),
+        ("metrics.jsonl", RECORD.replace("train", "tran"), "train", "line 1: 'split' is 'tran'"),
+        ("metrics.jsonl", RECORD.replace(", 0]", ', "x"]'), "train", "line 1: 'f1' is [1, 'x']"),
         ("metrics.jsonl", "?\n", "train", "metrics.jsonl', line 1 is not JSON"),
         ("metrics.jsonl", "3\n", "train", "metrics.jsonl', line 1 is no record of metrics"),
         ("preprocess.json", "", "evaluate", "preprocess.json' is not JSON"),
         ("preprocess.json", "{}", "evaluate", "preprocess.json' holds no 'format_version'"),
+        ("preprocess.json", {"class_counts": "x"}, "evaluate", "'class_counts' is 'x'"),
+        ("preprocess.json", {"class_counts": [1, 2]}, "evaluate", "2 counts for 10 classes"),
+        ("preprocess.json", {"mean": "abc"}, "evaluate", "preprocess.json': 'mean' is 'abc'"),
+        ("preprocess.json", {"mean": ["abc"]}, "train", "preprocess.json': 'mean' is ['abc']"),
         ("preprocess.json", '{"format_version": 99}', "evaluate", "preprocess.json' "),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(finished, file, text, mode, said):
-    (finished / file).write_text(text)
+    if isinstance(text, dict):
+        text = json.dumps(json.loads((finished / file).read_text()) | text)
+    if file == "preprocess.json":
+        (finished / "summary.json").unlink()
+    (finished / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     before = contents(finished)
     given = SMALL if mode == "train" else ()
     sentence = run(*given, f"--mode={mode}", f"--workdir={finished}").sentence
