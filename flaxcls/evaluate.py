@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flaxcls import metrics, runlog
-from flaxcls.data.dataset import Split
+from flaxcls.data.dataset import Dataset, Split
 from flaxcls.experiment import Experiment
 from flaxcls.sharding import fetch, replicated
 from flaxcls.step import compile_eval_step
@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
       record: the metrics, as `metrics.compute` returns them.
       confusion: int (C, C), rows the truth.
       first_bad_step: 0 where a loss was not finite, else -1.
-      logits: float (N, C) where they were asked for, else None.
+      logits: float (N, C), or a tuple with those of the parents, where they were asked for.
     """
 
     record: dict[str, Any]
@@ -66,14 +66,15 @@ class Evaluator:
                 outputs.append(logits)
                 if len(outputs) > 2:
                     # Not further ahead of the device than it takes to keep it busy.
-                    outputs[-3].block_until_ready()
+                    jax.block_until_ready(outputs[-3])
                     if not keep_logits:
                         del outputs[0]
                 on_step(step)
         host = fetch(state)
         logits = None
         if keep_logits:
-            logits = np.concatenate(fetch(outputs))[: len(feed.split)]
+            count = len(feed.split)
+            logits = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *fetch(outputs))
         return Evaluation(
             metrics.compute(host), metrics.confusion(host), int(host.first_bad_step), logits
         )
@@ -86,15 +87,18 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def write_predictions(
-    folder: Path, name: str, split: Split, logits: np.ndarray, class_names: tuple[str, ...]
-) -> None:
+def write_predictions(folder: Path, name: str, split: Split, logits: Any, dataset: Dataset) -> None:
     """Writes `NAME.npz` and `NAME.csv`, one row an example in the split's order.
 
     The `.npz` holds index int32 (N,), label int32 (N,), logits float (N, C), probabilities float32
-    (N, C) and class_names; the `.csv` index, file, truth, prediction and its probability. Names
-    that are not UTF-8 are written as `runlog.encode` does.
+    (N, C) and class_names; of a hierarchical model also parent_label, parent_logits and
+    parent_names. The `.csv` has index, file, truth, prediction and its probability, and the
+    parent's truth and prediction. Names that are not UTF-8 are written as `runlog.encode` does.
     """
+    class_names, parent_names = dataset.class_names, dataset.parent_names or ()
+    parent_logits = None
+    if isinstance(logits, tuple):
+        logits, parent_logits = logits
     probabilities = softmax(logits)
     predictions = logits.argmax(axis=1)
     index = np.arange(len(logits), dtype=np.int32)
@@ -105,12 +109,22 @@ def write_predictions(
         "probabilities": probabilities.astype(np.float32),
         "class_names": np.array(class_names),
     }
+    header = ["index", "file", "truth", "prediction", "probability"]
+    if parent_logits is not None:
+        arrays |= {
+            "parent_label": split.parents,
+            "parent_logits": parent_logits,
+            "parent_names": np.array(parent_names),
+        }
+        header += ["parent", "parent_prediction"]
     runlog.write_arrays(folder / f"{name}.npz", arrays)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["index", "file", "truth", "prediction", "probability"])
+    writer.writerow(header)
     for i, (label, guess) in enumerate(zip(split.labels, predictions, strict=True)):
         file = split.names[i] if split.names is not None else ""
         row = [i, file, class_names[label], class_names[guess], f"{probabilities[i, guess]:.6f}"]
+        if parent_logits is not None and split.parents is not None:
+            row += [parent_names[split.parents[i]], parent_names[parent_logits[i].argmax()]]
         writer.writerow(row)
     runlog.write_bytes(folder / f"{name}.csv", runlog.encode(table.getvalue()))

@@ -204,7 +204,7 @@ class RunFiles:
                 split,
                 dataset.splits[split],
                 result.logits,
-                dataset.class_names,
+                dataset,
             )
         with runlog.writing(self.folder / "weights.safetensors"):
             pretrained.save(
@@ -291,6 +291,7 @@ def describe(experiment: Experiment, exemplars: np.ndarray) -> dict[str, Any]:
         "std": p.std,
         "class_names": dataset.class_names,
         "parent_names": dataset.parent_names,
+        "class_parents": dataset.class_parents,
         "class_counts": class_counts(dataset)["train"],
         "pixels": runlog.pixel_statistics(images),
         "placement": experiment.data.placement,

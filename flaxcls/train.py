@@ -22,7 +22,7 @@ from flaxcls.data.dataset import class_counts
 from flaxcls.data.loader import DeviceIterator
 from flaxcls.errors import InputError, out_of_memory
 from flaxcls.evaluate import Evaluator
-from flaxcls.experiment import Experiment, for_training
+from flaxcls.experiment import Experiment, for_training, with_weights
 from flaxcls.history import Record, best_record, metric_mode, should_stop
 from flaxcls.optimizers import plateau_scale
 from flaxcls.progress import Progress
@@ -146,7 +146,7 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str]
 def introduce(experiment: Experiment, progress: Progress, notes: list[str]) -> None:
     """Says what is about to be trained, on what."""
     config, dataset = experiment.config, experiment.data.dataset
-    for note in (*notes, *experiment.data.notes):
+    for note in (*notes, *experiment.data.notes, *experiment.notes):
         progress.note(note)
     order = experiment.order
     dropped = order.size % order.batch_size
@@ -224,6 +224,7 @@ class Loop:
                 compiler_options=ops.compiler_options(),
             )()
             self.metrics = self._empty_metrics()
+            self._take_weights()
         else:
             if restored.log["data"] != self.experiment.data.fingerprint:
                 raise InputError(
@@ -236,6 +237,28 @@ class Loop:
                 self.progress.note(f"the checkpoint of step {damaged} is damaged and left out")
             self.progress.note(f"resumed: step {self.step}, from {self.files.folder}")
         self.files.begin(self.experiment, self.history)
+
+    def _take_weights(self) -> None:
+        """Puts imported weights in the place of those that were drawn."""
+        imported = self.experiment.weights
+        if imported is None:
+            imported = with_weights(self.experiment)[0].weights
+        if imported is None:
+            return
+
+        def taken(new: Any, drawn: jax.Array) -> jax.Array:
+            if not isinstance(new, np.ndarray):
+                return drawn
+            # Not the array's own memory: the step overwrites its state.
+            return jax.device_put(new, drawn.sharding, may_alias=False)
+
+        def replaced(drawn: Any) -> Any:
+            return jax.tree.map(taken, {name: imported[name] for name in drawn}, drawn)
+
+        state = self.state
+        variables = replaced({"params": state.params, "batch_stats": state.batch_stats})
+        ema = None if state.ema is None else replaced(state.ema)
+        self.state = state.replace(**variables, ema=ema)
 
     def run(self) -> None:
         """Trains until the last epoch or until early stopping."""

@@ -333,7 +333,8 @@ def test_losses_have_the_keys_that_they_take():
 
 def test_models_have_the_keys_that_they_take():
     options = {option for name in models.list_models() for option in model_options(name)}
-    assert set(config.default().model) == {"name"} | options - {
+    of_weights = {"pretrained", "init_from", "frozen", "trainable"}
+    assert set(config.default().model) == {"name"} | of_weights | options - {
         *("dtype", "param_dtype"),  # of precision
         "num_parents",  # of the data
     }

@@ -21,7 +21,7 @@ def variables():
     experiment = for_training(lenet())
     state = jax.jit(experiment.create_state)()
     # At first all logits are nearly equal: this spreads them.
-    params = jax.tree.map(lambda x: 4 * x, state.params)
+    params = jax.tree.map(lambda x: 2.5 * x, state.params)
     return jax.device_get({"params": params, "batch_stats": state.batch_stats})
 
 
@@ -48,7 +48,7 @@ def test_any_batch_size_gives_the_metrics_of_scikit_learn(batch_size, variables,
     result, experiment = evaluate(variables, batch_size, placement)
     dataset = experiment.data.dataset
     split, names = dataset.splits[SPLIT], dataset.class_names
-    write_predictions(tmp_path, SPLIT, split, result.logits, names)
+    write_predictions(tmp_path, SPLIT, split, result.logits, dataset)
     rows, arrays = read_predictions(tmp_path)
 
     assert [int(row["index"]) for row in rows] == list(range(len(split))) == list(arrays["index"])

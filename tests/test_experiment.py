@@ -49,5 +49,5 @@ def test_metrics_have_room_for_the_parts_of_the_loss():
 
 
 def test_a_hierarchical_loss_without_parents_is_refused():
-    with pytest.raises(InputError, match="needs the parent of each class, which these data do not"):
+    with pytest.raises(InputError, match="needs the parent of each class; write rules"):
         for_training(lenet(loss__name="hierarchical"))

@@ -27,6 +27,7 @@ CORE = (
 # Each room imports only those before it; `errors`, `history` and `config` are leaves.
 ROOMS = (
     "errors",
+    "interrupt",
     *CORE,
     "history",
     "config",
@@ -43,6 +44,7 @@ ROOMS = (
     "analysis",
     "deploy",
     "main",
+    "__main__",
 )
 LEAVES = ("errors", "history", "config")
 
@@ -67,7 +69,7 @@ LIBRARIES = {
 EVERYWHERE = {"flax", "jax", "ml_dtypes", "numpy", "optax"}
 
 # Where a module is chosen by name while the program runs: the mode, and the source of the data.
-CHOOSES_MODULES = {"main", "data.load"}
+CHOOSES_MODULES = {"__main__", "main", "data.load"}
 IMPORTERS = {"importlib.import_module", "import_module", "__import__"}
 # Imports inside a function that keep a heavy or optional dependency optional.
 OPTIONAL: set[tuple[str, str]] = set()

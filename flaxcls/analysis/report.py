@@ -70,8 +70,8 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
     if config.eval.step:
         name += f"-step{config.eval.step}"
     if jax.process_index() == 0:
-        folder, classes = workdir / "predictions", experiment.data.dataset.class_names
-        write_predictions(folder, name, feed.split, result.logits, classes)
+        folder, dataset = workdir / "predictions", experiment.data.dataset
+        write_predictions(folder, name, dataset.splits[key], result.logits, dataset)
         runlog.write_json(folder / f"{name}.json", {"step": restored.step, **result.record})
         console = make_console()
         for note in (*notes, *experiment.data.notes, *missing_classes(result.record["support"])):

@@ -74,6 +74,9 @@ ELEMENTS: dict[str, type] = {
     "augment.erasing_ratio": float,
     "data.classes": str,
     "data.parents": str,
+    "model.frozen": str,
+    "model.trainable": str,
+    "optimizer.rate_factors": str,
     "loss.alpha": float,
     "loss.class_weight_values": float,
     "normalize.mean": float,
@@ -191,6 +194,11 @@ def _check_combinations(c: ConfigDict) -> None:
         raise InputError(
             "model.name is not set; name a model in the config file or with --config.model.name"
         )
+    if c.model.pretrained is not None and c.model.init_from is not None:
+        raise InputError(
+            "model.pretrained and model.init_from are both set; set one of them, as weights can "
+            "come from one place only"
+        )
     if c.data.source != "digits" and c.data.path is None:
         raise InputError(
             f"data.path is not set, and data.source = {c.data.source!r} needs it; "
@@ -211,6 +219,11 @@ def _check_combinations(c: ConfigDict) -> None:
         raise InputError(
             "normalize.mean and normalize.std must both be given with normalize.name = 'values', "
             "for example --config.normalize.mean='(0.5,)' --config.normalize.std='(0.5,)'"
+        )
+    if c.loss.name == "hierarchical" and not c.data.parents:
+        raise InputError(
+            "loss.name = 'hierarchical' needs the parent of each class; write rules such as "
+            "--config.data.parents=\"('[A-Z].*=cat', '[a-z].*=dog')\""
         )
     if c.loss.name == "hierarchical" and (c.augment.mixup or c.augment.cutmix):
         raise InputError(

@@ -22,6 +22,11 @@ def default() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.name = ""  # one of flaxcls.models.list_models()
+    # Weights to start from: a file (.safetensors, .pth), or hf-hub:OWNER/NAME ...
+    c.model.pretrained = placeholder(str)
+    c.model.init_from = placeholder(str)  # ... or the folder of a finished run of ours
+    c.model.frozen = ()  # patterns over parameter paths, such as 'trunk/*', that are not trained
+    c.model.trainable = ()  # patterns that are, whatever `frozen` says; alone: nothing else is
     # None keeps the model's own default; an option that the model does not have is refused.
     c.model.init = placeholder(str)  # flax, pytorch, kaiming_uniform, torchvision
     c.model.batch_norm = placeholder(bool)
@@ -81,7 +86,8 @@ def default() -> ConfigDict:
     c.augment.cutmix = 0.0
 
     c.normalize = ConfigDict()
-    c.normalize.name = "auto"  # auto, dataset (its training split), imagenet, none, values
+    # dataset (its training split), imagenet, none, values; auto: as imported weights, else dataset
+    c.normalize.name = "auto"
     c.normalize.mean = placeholder(tuple)  # of pixels in [0, 1], one number or one a channel
     c.normalize.std = placeholder(tuple)
 
@@ -116,6 +122,7 @@ def default() -> ConfigDict:
     c.optimizer.eps = placeholder(float)
     c.optimizer.decay = placeholder(float)  # of rmsprop's running square (PyTorch's alpha)
     c.optimizer.centered = placeholder(bool)
+    c.optimizer.rate_factors = ()  # 'PATTERN=FACTOR' of the learning rate; the first match counts
     c.optimizer.clip_norm = 0.0  # global norm of the gradient at most; 0: off
     c.optimizer.accumulate = 1  # micro-batches a step; the batch size stays what it is
     c.optimizer.ema_decay = 0.0  # average of the parameters, used for evaluation; 0: off

@@ -125,7 +125,7 @@ def load(
         tuple(ignored),
         _normalization(about) or (layout.normalization if layout else None),
     )
-    return unflatten_dict(ours | loaded), report
+    return {**variables, **unflatten_dict(ours | loaded)}, report
 
 
 def save(

@@ -1,0 +1,277 @@
+"""A config turned into the objects that it names: data, model, recipe, mesh and state."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from flaxcls import metrics, pretrained
+from flaxcls.augment import Augmentation
+from flaxcls.checkpoint import abstract
+from flaxcls.data import loader
+from flaxcls.data.dataset import Dataset, class_counts, fingerprint
+from flaxcls.data.load import load_dataset
+from flaxcls.data.splits import merged
+from flaxcls.errors import InputError
+from flaxcls.experiment.placement import Data, image_spec, normalization, place
+from flaxcls.experiment.recipe import (
+    check_batch,
+    check_hierarchy,
+    check_monitors,
+    create_recipe,
+    is_hierarchical,
+    model_options,
+    weights_source,
+)
+from flaxcls.freezing import check as check_patterns
+from flaxcls.losses import parts_of
+from flaxcls.models import create_model
+from flaxcls.sharding import create_mesh, replicated, state_shardings
+from flaxcls.state import TrainState, create_state
+from flaxcls.step import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a run is made of, apart from its state and its folder.
+
+    Attributes:
+      config: resolved.
+      data: the splits on this machine.
+      mesh: the devices.
+      recipe: what a step does.
+      order: the examples of each training step.
+      evaluated: in evaluation, the name of what is evaluated: a split, or
+        DATASET-FINGERPRINT-SPLIT of other data than the run's.
+      weights: {"params", "batch_stats"} that training starts from, in which what is imported is
+        arrays and all else shapes; None where nothing is imported, or the run goes on.
+      notes: sentences for the log.
+    """
+
+    config: ConfigDict
+    data: Data
+    mesh: Mesh
+    recipe: Recipe
+    order: loader.TrainOrder
+    evaluated: str = ""
+    weights: Any = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return self.recipe.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        p = self.recipe.preprocess
+        return (p.size, p.size, p.channels)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Batch of evaluation, rounded up to what the devices can share: padding does not count.
+
+        At most the largest split: more would be nothing but padding.
+        """
+        largest = max(len(feed.split) for feed in self.data.feeds.values())
+        size = min(self.config.eval.batch_size or self.config.train.batch_size, largest)
+        return -(-size // self.mesh.size) * self.mesh.size
+
+    @property
+    def best_by(self) -> str:
+        """The monitor that chooses the best checkpoint."""
+        if self.config.train.best_by != "auto":
+            return self.config.train.best_by
+        return "val/accuracy" if "val" in self.data.dataset.splits else "train/loss"
+
+    def create_state(self) -> TrainState:
+        return create_state(
+            self.recipe.model,
+            self.recipe.optimizer,
+            self.image_shape,
+            seed=self.config.seed,
+            ema=self.config.optimizer.ema_decay > 0,
+            plateau=self.config.schedule.name == "plateau",
+            dtype=self.recipe.dtype,
+            selection=self.recipe.selection,
+        )
+
+    def state_sharding(self) -> Any:
+        shapes = jax.eval_shape(self.create_state)
+        return state_shardings(shapes, self.mesh, shard_params=self.config.mesh.shard_params)
+
+    def abstract_state(self) -> Any:
+        return abstract(jax.eval_shape(self.create_state), self.state_sharding())
+
+    def empty_metrics(self) -> metrics.MetricState:
+        parts = parts_of(self.config.loss.name)
+        parents = self.data.dataset.class_parents if is_hierarchical(self.config) else ()
+        return metrics.empty(self.num_classes, self.config.eval.top_k, parts, parents)
+
+    def abstract_metrics(self) -> Any:
+        return abstract(jax.eval_shape(self.empty_metrics), replicated(self.mesh))
+
+    def count_parameters(self) -> int:
+        params = jax.eval_shape(self.create_state).params
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def for_training(config: ConfigDict, earlier: dict[str, Any] | None = None) -> Experiment:
+    """Builds what a resolved config names, checking all of it before anything is compiled.
+
+    Args:
+      config: resolved.
+      earlier: the `preprocess.json` of the run when it is resumed: its normalisation stays, and so
+        does a placement that was chosen automatically, which another moment's memory would change.
+
+    Raises:
+      InputError: something in the config or the data does not fit.
+    """
+    mesh = create_mesh(config.mesh.devices)
+    check_batch(config, mesh)
+    create_model(config.model.name, 2, **model_options(config))  # checked before data are read
+    check_hierarchy(config)
+    augmentation = Augmentation(**config.augment.to_dict())
+    dataset = read_dataset(config)
+    check_monitors(config, dataset)
+    counts = class_counts(dataset)["train"]
+    order = loader.train_order(
+        int(counts.sum()), config.train.batch_size, epochs=config.train.epochs, seed=config.seed
+    )
+    recipe = create_recipe(config, augmentation, dataset, counts, order)  # before images are read
+    if earlier is not None and earlier["fingerprint"] != fingerprint(dataset):
+        earlier = None
+    data = place(config, dataset, mesh, augmentation, earlier["placement"] if earlier else None)
+    experiment = _checked(Experiment(config, data, mesh, recipe, order))
+    if earlier is not None:
+        mean, std = tuple(earlier["mean"]), tuple(earlier["std"])
+    else:
+        experiment, published = with_weights(experiment)
+        mean, std = normalization(config, data.feeds["train"], published)
+    preprocess = dataclasses.replace(recipe.preprocess, mean=mean, std=std)
+    return dataclasses.replace(experiment, recipe=recipe._replace(preprocess=preprocess))
+
+
+def with_weights(experiment: Experiment) -> tuple[Experiment, pretrained.Normalization | None]:
+    """Returns the experiment with the weights that it starts from, and what inputs they expect."""
+    source = weights_source(experiment.config)
+    if source is None:
+        return experiment, None
+    shapes = jax.eval_shape(experiment.create_state)
+    variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+    loaded, report = pretrained.load(source, experiment.recipe.model, variables)
+    notes = (*experiment.notes, str(report))
+    return dataclasses.replace(experiment, weights=loaded, notes=notes), report.normalization
+
+
+def for_evaluation(
+    config: ConfigDict, trained: dict[str, Any], *, other_data: bool = False
+) -> Experiment:
+    """Builds a finished run again to evaluate it, on its own data or on others.
+
+    The run's own data, wherever they lie now, are split as in training. Of any other data set
+    nothing is drawn: its own split `eval.split` is used, or all of it where it has no splits.
+
+    Args:
+      config: the run's, perhaps with another `data.path`.
+      trained: the run's `preprocess.json`.
+      other_data: whether `data` names another place than the run's.
+
+    Raises:
+      InputError: the data have classes that the model does not know, cannot be read, or are the
+        run's but have changed.
+    """
+    mesh = create_mesh(config.mesh.devices)
+    dataset, evaluated = _read_for_evaluation(config, trained, other_data)
+    data = place(config, dataset, mesh, Augmentation())
+    counts = np.array(trained["class_counts"])
+    order = loader.train_order(
+        int(counts.sum()), config.train.batch_size, epochs=config.train.epochs, seed=config.seed
+    )
+    recipe = create_recipe(config, Augmentation(), dataset, counts, order)
+    preprocess = dataclasses.replace(
+        recipe.preprocess, mean=tuple(trained["mean"]), std=tuple(trained["std"])
+    )
+    recipe = recipe._replace(preprocess=preprocess)
+    return _checked(Experiment(config, data, mesh, recipe, order, evaluated))
+
+
+def untrained_model(config: ConfigDict) -> tuple[nn.Module, tuple[int, int, int, int]]:
+    """Returns the model of a config and the shape of one image as it sees it, (1, H, W, C).
+
+    Raises:
+      InputError: the data, which say how many classes there are, cannot be read.
+    """
+    dataset = read_dataset(config)
+    model = create_model(
+        config.model.name, len(dataset.class_names), **model_options(config, dataset)
+    )
+    return model, (1, config.data.image_size, config.data.image_size, config.data.channels)
+
+
+def _checked(experiment: Experiment) -> Experiment:
+    """Traces the model once: an image that is too small for it is an error here."""
+    params = jax.eval_shape(experiment.create_state).params
+    check_patterns(params, experiment.recipe.selection, experiment.recipe.rates)
+    return experiment
+
+
+def read_dataset(config: ConfigDict, known_classes: tuple[str, ...] = ()) -> Dataset:
+    """Reads what `data` names; with a model's `known_classes` nothing is drawn from it."""
+    d = config.data
+    return load_dataset(
+        d.source,
+        d.path or "",
+        name=d.name or "",
+        classes=d.classes,
+        num_classes_drawn=d.num_classes_drawn,
+        per_class=d.per_class,
+        val_fraction=d.val_fraction,
+        test_fraction=d.test_fraction,
+        split_mode=d.split_mode,
+        stratify=d.stratify,
+        max_per_class=d.max_per_class,
+        on_bad=d.on_bad or "error",
+        label_pattern=d.label_pattern or "",
+        parents=d.parents,
+        seed=config.seed,
+        spec=image_spec(config),
+        known_classes=known_classes,
+    )
+
+
+def _read_for_evaluation(
+    config: ConfigDict, trained: dict[str, Any], other_data: bool
+) -> tuple[Dataset, str]:
+    """Returns a data set of one split, and the name of what it is."""
+    split = config.eval.split
+    try:
+        dataset = read_dataset(config)
+        own = fingerprint(dataset) == trained["fingerprint"]
+    except InputError:  # not fit to train on; whether it can be evaluated is found out below
+        own = False
+    if not own:
+        dataset = read_dataset(config, tuple(trained["class_names"]))
+        if not other_data and split != "all":
+            raise InputError(
+                f"{dataset.name} has changed since the run was trained, so that its split "
+                f"{split!r} is no longer known; restore the data, or evaluate all of them, "
+                "training images included, with --config.eval.split=all"
+            )
+        if split not in dataset.splits and set(dataset.splits) == {"train"}:
+            note = f"data: {dataset.name} has no splits, so all of it is evaluated"
+            dataset, split = dataclasses.replace(dataset, notes=(*dataset.notes, note)), "all"
+    # Two folders of the same base name are two data sets.
+    name = split if own else f"{Path(dataset.name).name}-{fingerprint(dataset)[:8]}-{split}"
+    if split == "all":
+        return dataclasses.replace(dataset, splits={"test": merged(dataset)}), name
+    if split not in dataset.splits:
+        raise InputError(
+            f"eval.split: {split!r} is not a split of {dataset.name}, which has "
+            f"{', '.join(dataset.splits)}; choose one of them, or 'all'"
+        )
+    return dataclasses.replace(dataset, splits={split: dataset.splits[split]}), name

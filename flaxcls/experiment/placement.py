@@ -1,0 +1,180 @@
+"""Where the images of a run live, and how their pixels are normalised."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from flaxcls.augment import Augmentation
+from flaxcls.batch import dataset_statistics
+from flaxcls.data import loader
+from flaxcls.data.dataset import Dataset, Split, fingerprint
+from flaxcls.data.decode import ImageSpec, decode_all, resize_array
+from flaxcls.models import model_options
+from flaxcls.pretrained import IMAGENET, Normalization
+
+# Random resized crops cut from images stored a little larger than training needs (256 for 224).
+STORED_MARGIN = 8 / 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A data set, ready to be read.
+
+    Attributes:
+      dataset: its splits as the source has them (files stay files).
+      feeds: by split.
+      placement: device, host or files.
+      notes: sentences for the log.
+      fingerprint: of the content, so that a resumed run notices other data.
+    """
+
+    dataset: Dataset
+    feeds: dict[str, loader.Feed]
+    placement: str
+    notes: tuple[str, ...]
+    fingerprint: str
+
+
+def image_spec(config: ConfigDict) -> ImageSpec:
+    """Returns how images come to their size, in training, evaluation and prediction alike."""
+    d = config.data
+    return ImageSpec(d.image_size, d.channels, d.resize, d.crop_fraction, d.crop_order)
+
+
+def place(
+    config: ConfigDict,
+    dataset: Dataset,
+    mesh: Mesh,
+    augmentation: Augmentation,
+    earlier: str | None = None,
+) -> Data:
+    """Chooses where the images live, and puts them there.
+
+    `earlier` is the placement that the run had before, which an automatic choice keeps.
+    """
+    d, spec = config.data, image_spec(config)
+    stored = dataclasses.replace(
+        spec, size=round(spec.size * STORED_MARGIN), resize="squash", crop_fraction=1.0
+    )
+    crops = augmentation.random_resized_crop
+    specs = {key: stored if key == "train" and crops else spec for key in dataset.splits}
+    in_files = any(not isinstance(s.images, np.ndarray) for s in dataset.splits.values())
+    device_bytes, host_bytes = free_memory()
+    placement, note = loader.choose_placement(
+        earlier or "auto" if d.placement == "auto" else d.placement,
+        bytes_needed=sum(_stored_bytes(s, specs[k]) for k, s in dataset.splits.items()),
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        in_files=in_files,
+        crops_files=crops and in_files,
+        describe=describe_bytes,
+    )
+    notes = [*dataset.notes, note]
+    if crops and in_files and placement != "files":
+        notes.append(
+            f"data: random crops are cut from copies of {stored.size} pixels; data.placement=files "
+            "cuts them from the images as they are"
+        )
+    feeds = {}
+    for key, split in dataset.splits.items():
+        if isinstance(split.images, np.ndarray):
+            _, height, width, _ = split.images.shape
+            aspect = np.full(len(split), width / height, np.float32)
+            split = dataclasses.replace(split, aspect=aspect)
+        if placement != "files":
+            split = dataclasses.replace(split, images=stored_images(split, specs[key]))
+        if "num_parents" in model_options(config.model.name) and split.parents is not None:
+            labels = np.stack([split.labels, split.parents], axis=1)
+            split = dataclasses.replace(split, labels=labels)
+        feeds[key] = loader.create_feed(
+            split, mesh, spec, placement=placement, workers=d.workers, prefetch=d.prefetch
+        )
+    return Data(dataset, feeds, placement, tuple(notes), fingerprint(dataset))
+
+
+def stored_images(split: Split, spec: ImageSpec) -> np.ndarray:
+    """Returns the split's images, uint8 (N, S, S, C), S = spec.size or smaller."""
+    if isinstance(split.images, np.ndarray):
+        return resize_array(split.images, spec)
+    return decode_all(split.images, spec)
+
+
+def _stored_bytes(split: Split, spec: ImageSpec) -> int:
+    if isinstance(split.images, np.ndarray) and split.images.shape[1] <= spec.size:
+        return split.images.nbytes
+    return len(split) * spec.size * spec.size * spec.channels
+
+
+def free_memory() -> tuple[int, int]:
+    """Returns the free bytes of a device and of the host, the least of all processes."""
+    host = _free_host_bytes()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        device = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    else:
+        device = host // jax.local_device_count()
+    if jax.process_count() > 1:
+        # In megabytes: JAX's integers have 32 bits. Processes that choose otherwise would hang.
+        megabytes = np.array([device >> 20, host >> 20], np.int32)
+        device, host = (int(m) << 20 for m in process_allgather(megabytes).min(axis=0))
+    return device, host
+
+
+def _free_host_bytes() -> int:
+    """What Linux says can be had without swapping, within the container's limit."""
+    if not Path("/proc/meminfo").is_file():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+    free = int(kilobytes) * 1024
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
+    return free
+
+
+def describe_bytes(count: int) -> str:
+    """Returns a size in words: 3.2 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def normalization(
+    config: ConfigDict, train: loader.Feed, published: Normalization | None = None
+) -> Normalization:
+    """Returns mean and standard deviation of pixels in [0, 1], never from validation or test.
+
+    `published` is what imported weights expect, which an explicit `normalize` overrules.
+    """
+    name, channels = config.normalize.name, config.data.channels
+    if name == "auto" and published is not None:
+        return _for_channels(published, channels)
+    if name == "values":
+        return tuple(config.normalize.mean), tuple(config.normalize.std)
+    if name == "imagenet":
+        return _for_channels(IMAGENET, channels)
+    if name == "none":
+        return (0.0,), (1.0,)
+    return dataset_statistics(_image_chunks(train))
+
+
+def _for_channels(normalization: Normalization, channels: int) -> Normalization:
+    """One number a channel; of grey images, the mean of three."""
+    mean, std = normalization
+    if channels == 1:
+        return (float(np.mean(mean)),), (float(np.mean(std)),)
+    return mean, std
+
+
+def _image_chunks(feed: loader.Feed) -> Any:
+    """Yields the split's images, uint8 (n, S, S, C), a few hundred at a time."""
+    images = feed.split.images
+    for start in range(0, len(images), 256):
+        chunk = images[start : start + 256]
+        yield chunk if isinstance(chunk, np.ndarray) else decode_all(chunk, feed.spec)
