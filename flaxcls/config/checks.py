@@ -220,11 +220,6 @@ def _check_combinations(c: ConfigDict) -> None:
             "normalize.mean and normalize.std must both be given with normalize.name = 'values', "
             "for example --config.normalize.mean='(0.5,)' --config.normalize.std='(0.5,)'"
         )
-    if c.loss.name == "hierarchical" and not c.data.parents:
-        raise InputError(
-            "loss.name = 'hierarchical' needs the parent of each class; write rules such as "
-            "--config.data.parents=\"('[A-Z].*=cat', '[a-z].*=dog')\""
-        )
     if c.loss.name == "hierarchical" and (c.augment.mixup or c.augment.cutmix):
         raise InputError(
             "loss.name = 'hierarchical' needs the child and the parent of each image, which "

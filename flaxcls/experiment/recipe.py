@@ -138,6 +138,11 @@ def weights_source(config: ConfigDict) -> str | None:
 
 def check_hierarchy(config: ConfigDict) -> None:
     """Refuses a hierarchical model without its loss or parents, and the loss without the model."""
+    if config.loss.name == "hierarchical" and not config.data.parents:
+        raise InputError(
+            "loss.name = 'hierarchical' needs the parent of each class; write rules such as "
+            "--config.data.parents=\"('[A-Z].*=cat', '[a-z].*=dog')\""
+        )
     if is_hierarchical(config) != (config.loss.name == "hierarchical"):
         raise InputError(
             f"model.name = {config.model.name!r} and loss.name = {config.loss.name!r} do not go "
