@@ -218,15 +218,22 @@ def _override(config: ConfigDict, arguments: list[str], known_flags: list[str]) 
 def run_name(chosen: str, config: ConfigDict) -> str:
     """Returns CONFIG-DATASET of `--config=CONFIG:DATASET`."""
     path, _, dataset = chosen.partition(":")
-    return f"{Path(path).stem}-{(dataset or config.data.source).replace('/', '-')}"
+    name = _shipped_name(path)
+    stem = name.replace("/", "-") if name in shipped_configs() else Path(path).stem
+    return f"{stem}-{(dataset or config.data.source).replace('/', '-')}"
 
 
 def _find(value: str) -> str:
     path, colon, dataset = value.partition(":")
     if Path(path).is_file():
         return value
-    shipped = _shipped_folder() / f"{path.removeprefix('configs/').removesuffix('.py')}.py"
+    shipped = _shipped_folder() / f"{_shipped_name(path)}.py"
     return f"{shipped}{colon}{dataset}" if shipped.is_file() else value
+
+
+def _shipped_name(path: str) -> str:
+    """configs/fashion/vgg16.py -> fashion/vgg16."""
+    return path.removeprefix("./").removeprefix("configs/").removesuffix(".py")
 
 
 def _shipped_folder() -> Path:

@@ -15,12 +15,27 @@ from flaxcls.data import load as load_module
 from flaxcls.data import splits
 from flaxcls.data.dataset import SPLITS
 from flaxcls.errors import InputError, did_you_mean
+from flaxcls.experiment.recipe import model_options as model_options_of
 from flaxcls.losses import distance, entropy
 from flaxcls.models.registry import model_options
 from flaxcls.ops.backend import BACKENDS
 
 PACKAGE = Path(flaxcls.__file__).parent
-CONFIGS = sorted(main.shipped_configs())
+SHIPPED = sorted(main.shipped_configs())
+# Those whose text after the colon is a data set, and those that are one published experiment each.
+CONFIGS = [name for name in SHIPPED if "/" not in name]
+PUBLISHED = [name for name in SHIPPED if "/" in name]
+SEVERAL = {
+    "caltech/expanding_cnn": [
+        f"{d}-{e}" for d in (1, 2, 3, 4) for e in ("add13", "double", "triple")
+    ],
+    "caltech/vgg": ["vgg11", "vgg13", "vgg16c", "vgg16", "vgg19"],
+    "quickdraw/like_vgg": ["adam", "focal", "rmsprop", "adamw"],
+    "fashion/like_vgg": ["adam", "focal", "rmsprop", "adamw"],
+    "fashion/hierarchical": ["hierarchical", "flat"],
+}
+EXPERIMENTS = [(name, "") for name in PUBLISHED]
+EXPERIMENTS += [(name, f":{one}") for name, several in SEVERAL.items() for one in several]
 
 
 def parsed(*arguments):
@@ -463,6 +478,25 @@ def test_every_config_builds_for_every_data_set(name, dataset):
         preset.test_fraction,
     )
     models.create_model(c.model.name, 3)
+
+
+@pytest.mark.parametrize(("name", "argument"), EXPERIMENTS)
+def test_every_published_experiment_sets_keys_that_count(name, argument):
+    c, notes = parsed(f"--config={name}{argument}", "--config.data.path=somewhere")
+    assert not notes
+    options = {k: v for k, v in model_options_of(c).items() if "dtype" not in k}
+    models.create_model(c.model.name, 3, **options)
+    schedule = optimizers.create_schedule("constant", 0.1, steps_per_epoch=2, epochs=2)
+    keys = {k: v for k, v in c.optimizer.items() if v is not None and k in ("momentum", "b1")}
+    optimizers.create_optimizer(c.optimizer.name, schedule, **keys)
+    if c.loss.name == "hierarchical":
+        assert c.data.parents
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_an_unknown_experiment_after_the_colon_is_named(name):
+    with pytest.raises(InputError, match="unknown experiment 'resnet' after the colon; "):
+        parsed(f"--config={name}:resnet")
 
 
 @pytest.mark.parametrize("dataset", ["fashion_mist", "imagefolder", "tfds", "", "digits/x"])

@@ -239,6 +239,8 @@ def test_keys_that_may_change_do_not_make_another_run(finished):
     [
         (["--config=lenet"], "lenet-digits"),
         (["--config=configs/lenet.py"], "lenet-digits"),
+        (["--config=fashion/like_vgg:adam"], "fashion-like_vgg-adam"),
+        (["--config=configs/quickdraw/like_vgg.py:adam"], "quickdraw-like_vgg-adam"),
         (["--config=lenet:fashion_mnist"], "lenet-fashion_mnist"),
         (["--config=vgg13:tfds/mnist", "--config.data.path=x"], "vgg13-tfds-mnist"),
         (["--config=lenet", "--config.data.source=npz", "--config.data.path=x"], "lenet-npz"),

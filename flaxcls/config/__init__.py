@@ -21,7 +21,15 @@ from flaxcls.config.files import (
     load,
     save,
 )
-from flaxcls.config.keys import BRANCHES, PRESETS, default, flatten, for_dataset, key_types
+from flaxcls.config.keys import (
+    BRANCHES,
+    PRESETS,
+    choose,
+    default,
+    flatten,
+    for_dataset,
+    key_types,
+)
 
 __all__ = [
     "BRANCHES",
@@ -34,6 +42,7 @@ __all__ = [
     "RANGES",
     "check_key",
     "check_monitor",
+    "choose",
     "default",
     "differences",
     "flatten",

@@ -6,13 +6,15 @@ RMSprop) or are derived from the data.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from flaxcls.errors import InputError, did_you_mean
+
+Choice = TypeVar("Choice")
 
 
 def default() -> ConfigDict:
@@ -270,6 +272,14 @@ PRESETS = {
     "caltech101_3": Preset(
         "image_folder", image_size=64, val_fraction=0.4, path="data/caltech101_3"
     ),
+    "product_photos": Preset(
+        "image_folder",
+        image_size=224,
+        val_fraction=0.1,
+        test_fraction=0.2,
+        path="data/product_photos",
+        options={"per_class": 500.0, "crop_fraction": 0.8, "crop_order": "before"},
+    ),
     "image_folder": Preset("image_folder", image_size=64, val_fraction=0.1, test_fraction=0.2),
     "pets": Preset(
         "image_files",
@@ -346,3 +356,19 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + key] = value
     return leaves
+
+
+def choose(argument: str, choices: Mapping[str, Choice]) -> Choice:
+    """Returns what the text after the colon of `--config=FILE:ARGUMENT` stands for.
+
+    For config files of several experiments, whose `get_config` takes the one to run.
+
+    Raises:
+      InputError: the text is none of the choices.
+    """
+    if argument not in choices:
+        raise InputError(
+            f"--config: unknown experiment {argument!r} after the colon; "
+            f"{did_you_mean(argument, choices)}"
+        )
+    return choices[argument]

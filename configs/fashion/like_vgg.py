@@ -1,0 +1,19 @@
+"""Fashion-MNIST with like_vgg and the four losses and optimizers of quickdraw/like_vgg.
+
+The text after the colon is adam, focal, rmsprop or adamw. Split, epochs, schedule and the rule
+that picks the epoch are those of fashion_net0; the batch is 256 and the learning rate 1e-3, as
+published.
+
+    python -m flaxcls.main --config=fashion/like_vgg:adamw --config.data.path=DIR
+"""
+
+from ml_collections import ConfigDict
+
+from flaxcls.configs import fashion_net0
+from flaxcls.configs.quickdraw import like_vgg
+
+
+def get_config(experiment: str = "adamw") -> ConfigDict:
+    c = fashion_net0.get_config("fashion_mnist")
+    c.optimizer.weight_decay = 0.0
+    return like_vgg.as_in(c, experiment)
