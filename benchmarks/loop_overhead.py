@@ -12,10 +12,7 @@ stays on the device, again and again. Rounds of both alternate, since the machin
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,6 +25,7 @@ from flaxcls import ops
 NOTE = ops.prepare_process()  # as main does: before JAX starts its threads
 
 import jax  # noqa: E402
+import machine  # noqa: E402
 import numpy as np  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
@@ -164,21 +162,6 @@ def measure(c: ConfigDict, folder: Path, epochs: int, seconds: float) -> dict[st
     }
 
 
-def machine() -> dict[str, Any]:
-    """Returns processor, cores, devices and versions."""
-    with open("/proc/cpuinfo") as file:
-        models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    packages = ("flaxcls", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "devices": [device.device_kind for device in jax.devices()],
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table of medians."""
     lines = [
@@ -203,7 +186,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     print(NOTE)
-    about = machine()
+    about = machine.describe()
     with tempfile.TemporaryDirectory() as temporary:
         noise = Path(temporary) / "noise.npz"
         if arguments.path is None:

@@ -11,10 +11,7 @@ curves of the first seed to benchmarks/results/.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -22,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -99,25 +98,6 @@ def run(experiment: Experiment, path: str | None, seed: int, workdir: Path) -> d
     }
 
 
-def machine() -> dict[str, Any]:
-    """Returns processor, cores and versions."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    packages = ("flaxcls", "jax", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
-
-
 def table(name: str, result: dict[str, Any]) -> str:
     """Returns the result as a page of Markdown."""
     experiment, runs = result["experiment"], result["runs"]
@@ -164,7 +144,7 @@ def main() -> None:
     result = {
         "command": f"python benchmarks/reproductions.py {arguments.name}{shown_path} "
         f"--seeds={arguments.seeds}",
-        "machine": machine(),
+        "machine": machine.describe(),
         "experiment": dataclasses.asdict(experiment),
         "runs": runs,
         "mean": statistics.mean(accuracies),
