@@ -75,7 +75,7 @@ def find_record(history: Sequence[Record], epoch: int, split: str) -> Record | N
 
 
 def best_record(history: Sequence[Record], monitor: str) -> Record | None:
-    """The record with the best value of `monitor`, the first where several share it.
+    """The record with the best value of `monitor`; ties go to the lower loss, then to the first.
 
     None while the history has no finite value of it. Raises InputError for a metric that the
     records of that split do not have.
@@ -83,10 +83,12 @@ def best_record(history: Sequence[Record], monitor: str) -> Record | None:
     values = _monitored(history, monitor)
     sign = 1.0 if metric_mode(monitor) == "max" else -1.0
     best: Record | None = None
-    best_value = -math.inf
+    best_rank = (-math.inf, -math.inf)
     for record, value in values:
-        if sign * value > best_value:
-            best, best_value = record, sign * value
+        loss = _number(record["loss"])
+        rank = (sign * value, -math.inf if math.isnan(loss) else -loss)
+        if math.isfinite(value) and rank > best_rank:
+            best, best_rank = record, rank
     return best
 
 

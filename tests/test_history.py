@@ -53,9 +53,16 @@ def test_losses_are_minimised_and_scores_maximised():
         assert metric_mode(name) == "max"
 
 
-def test_the_first_best_wins_and_nan_never_does():
+def test_ties_go_to_the_lower_loss_and_then_to_the_first():
+    history = history_of(accuracy=[0.9, 0.9, 0.9, 0.9, 0.8], loss=[1.0, math.nan, 0.5, 0.5, 0.1])
+    assert best_record(history, "val/accuracy")["epoch"] == 3
+    assert best_record(history[:2], "val/accuracy")["epoch"] == 1
+    assert best_record(history_of(loss=[0.5, 0.2, 0.2]), "val/loss")["epoch"] == 2
+
+
+def test_nan_is_never_the_best():
     history = history_of(
-        accuracy=[0.1, math.nan, 0.9, 0.9, 0.8], loss=[3.0, math.nan, 1.0, 0.5, 0.5]
+        accuracy=[0.1, math.nan, 0.9, 0.8, 0.8], loss=[3.0, math.nan, 1.0, 0.5, 0.5]
     )
     assert best_record(history, "val/accuracy")["epoch"] == 3
     assert best_record(history, "val/loss")["epoch"] == 4
