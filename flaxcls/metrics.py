@@ -227,9 +227,9 @@ def running(host_state: MetricState) -> tuple[float, float]:
 def compute(host_state: MetricState) -> dict[str, float | list[float]]:
     """Returns the metrics of a state that was fetched with `jax.device_get`, in float64.
 
-    Precision, recall and F1 are scikit-learn's over all classes with `zero_division=0`: macro is
-    the plain mean over classes, in which one without examples counts as 0, weighted the mean by
-    support. Without any example, loss and accuracy are NaN.
+    Precision, recall and F1 are scikit-learn's with `zero_division=0`: macro is the plain mean over
+    the classes that occur in truth or prediction, as where scikit-learn is given no `labels`;
+    weighted the mean by support. Without any example, these are 0, loss and accuracy NaN.
 
     Returns:
       `loss`, each part, `accuracy`, of a hierarchical model `parent_accuracy` and
@@ -258,8 +258,9 @@ def compute(host_state: MetricState) -> dict[str, float | list[float]]:
         result["errors_within_parent"] = errors_within_parent(matrix, host_state.parents)
     if host_state.top_k:
         result[f"top_{host_state.top_k}"] = _ratio(int(host_state.top_k_correct), count)
+    occurs = support + predicted > 0
     for name, values in per_class.items():
-        result[f"{name}_macro"] = float(np.mean(values))
+        result[f"{name}_macro"] = float(np.mean(values[occurs])) if count else 0.0
     for name, values in per_class.items():
         result[f"{name}_weighted"] = float(np.average(values, weights=support)) if count else 0.0
     result |= {name: values.tolist() for name, values in per_class.items()}

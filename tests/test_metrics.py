@@ -68,11 +68,21 @@ def _assert_equals_scikit_learn(result, labels, logits, num_classes):
     for name, values in {"precision": precision, "recall": recall, "f1": f1}.items():
         np.testing.assert_array_max_ulp(np.array(result[name]), values)
     for average in ("macro", "weighted"):
+        # Without `labels`: over the classes that occur.
         for name, value in zip(
-            ("precision", "recall", "f1"), scores(average=average), strict=False
+            ("precision", "recall", "f1"), scores(average=average, labels=None), strict=False
         ):
             assert result[f"{name}_{average}"] == pytest.approx(value, rel=1e-14)
     assert result["class_accuracy"] == result["recall"]
+
+
+def test_macro_means_leave_out_classes_that_do_not_occur():
+    # Class 3 is neither there nor predicted; class 2 is predicted only, and counts as 0.
+    labels = np.array([0, 0, 1, 1], np.int32)
+    logits = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
+    result = metrics.compute(_evaluate(logits, labels, 4))
+    assert result["recall_macro"] == pytest.approx((1 + 0.5 + 0) / 3)
+    _assert_equals_scikit_learn(result, labels, logits, 4)
 
 
 @pytest.mark.parametrize(

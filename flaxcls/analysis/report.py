@@ -123,11 +123,11 @@ def best_step(checkpoints: Checkpoints) -> int:
 
 
 def missing_classes(support: list[int]) -> list[str]:
-    """Returns a note where some classes have no examples: scikit-learn's macro means count them."""
+    """Returns a note where some classes have no examples: what the macro means are over then."""
     missing = support.count(0)
     if not missing:
         return []
     return [
         f"{missing} of {len(support)} classes have no examples here; the macro means of precision, "
-        "recall and F1 count them as 0"
+        "recall and F1 are over the classes that occur in truth or prediction"
     ]
