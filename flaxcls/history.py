@@ -156,8 +156,11 @@ def summary(
     }
 
 
-def verdict(history: Sequence[Record]) -> str:
+def verdict(history: Sequence[Record], *, can_go_on: bool = True) -> str:
     """One sentence: improving still, flat, overfitting or getting worse, with the figures.
+
+    `can_go_on` is false where the schedule is laid out over the epochs of the run, which more
+    epochs would be another run of.
 
     Judges the validation loss (the training loss where there is no validation), smoothed by a
     running median and held against its own noise. Overfitting means that it stands clearly above
@@ -190,10 +193,13 @@ def verdict(history: Sequence[Record]) -> str:
             )
         remedy = "a lower learning rate may help"
         return f"Getting worse since epoch {epoch}: {rose} ({figures}); {remedy}."
+    if val.accuracy >= 1:
+        return f"Nothing left to learn{perfect} ({figures})."
     if fall := judged.fall():
+        remedy = "more epochs may help" if can_go_on else "a new run with more epochs may help"
         return (
             f"Improving still: {judged.title} loss falls by {decimal(fall)} an epoch ({figures})"
-            f"{perfect or '; more epochs may help'}."
+            f"{perfect or f'; {remedy}'}."
         )
     if len(judged.loss) < 4:
         measured = "one epoch" if len(judged.loss) == 1 else f"{len(judged.loss)} epochs"
@@ -247,7 +253,7 @@ class _Curve:
         return float(self.smooth[before[-1]]) if len(before) else math.nan
 
     def fall(self) -> float:
-        """By how much an epoch the loss fell of late, 0 where that is no more than noise.
+        """By how much an epoch the loss fell of late, 0 where that is noise or below 5 % in all.
 
         The slope of a straight line through the last third, 4 to 10 measurements.
         """
@@ -259,7 +265,8 @@ class _Curve:
         slope = float(epochs @ loss / (epochs @ epochs))
         rest = loss - loss.mean() - slope * epochs
         error = math.sqrt(float(rest @ rest) / max(span - 2, 1) / float(epochs @ epochs))
-        clear = -slope * float(np.ptp(epochs)) > 0.02 * abs(loss.mean()) and -slope > 2.5 * error
+        # At 2 %, what a learning rate near 0 still changes was taken for a trend.
+        clear = -slope * float(np.ptp(epochs)) > 0.05 * abs(loss.mean()) and -slope > 2.5 * error
         return -slope if clear else 0.0
 
     def figures(self) -> str:

@@ -153,10 +153,17 @@ class Progress:
         """Shows how many images each class has in each split: {"train": (C,) counts, ...}."""
         self._print(class_count_table(class_names, counts))
 
-    def finish(self, summary: Mapping[str, Any], history: Sequence[Record], folder: str) -> None:
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        history: Sequence[Record],
+        folder: str,
+        *,
+        can_go_on: bool = True,
+    ) -> None:
         """Shows the summary table, the verdict and where the files are."""
         self.close()
-        for content in closing(summary, history, folder):
+        for content in closing(summary, history, folder, can_go_on=can_go_on):
             self._print(content)
 
     def close(self) -> None:
@@ -357,12 +364,12 @@ def _cell(name: str, value: float | None) -> str:
 
 
 def closing(
-    summary: Mapping[str, Any], history: Sequence[Record], folder: str
+    summary: Mapping[str, Any], history: Sequence[Record], folder: str, *, can_go_on: bool = True
 ) -> tuple[RenderableType, ...]:
     """The summary table, the verdict and where the files are."""
     return (
         summary_table(summary, history),
-        verdict(history),
+        verdict(history, can_go_on=can_go_on),
         closing_line(summary, folder),
     )
 

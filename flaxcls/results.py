@@ -133,8 +133,15 @@ class RunFiles:
         history = runlog.read_metrics(self.folder / "metrics.jsonl")
         console = make_console()
         show(console, f"{self.folder} is finished; nothing to do")
-        for content in closing(self.finished_summary or {}, history, str(self.folder)):
+        closed = closing(
+            self.finished_summary or {}, history, str(self.folder), can_go_on=self._can_go_on()
+        )
+        for content in closed:
             show(console, content)
+
+    def _can_go_on(self) -> bool:
+        """Whether the run may be given more epochs."""
+        return self._config.schedule.name in config_module.LENGTH_FREE_SCHEDULES
 
     def begin(self, experiment: Experiment, history: list[Record]) -> None:
         """Writes what is known before the first step of this process.
@@ -231,7 +238,7 @@ class RunFiles:
             )
         runlog.write_json(self.folder / "summary.json", summarised)
         (self.folder / PREVIOUS_SUMMARY).unlink(missing_ok=True)
-        progress.finish(summarised, history, str(self.folder))
+        progress.finish(summarised, history, str(self.folder), can_go_on=self._can_go_on())
         return summarised
 
 

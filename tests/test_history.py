@@ -175,14 +175,26 @@ def test_verdict_of_short_broken_and_perfect_runs_is_one_sentence():
         "Improving still": training([1.0, 0.5], [1.0, 0.8]),
         "Diverged: the train loss is not finite since epoch 2": training([1.0, math.nan, None]),
         "Diverged: the validation loss is not finite since epoch 1": training([1.0], [math.inf]),
-        "Flat": training([0.5] * 6, [0.5] * 6, accuracy=1.0),
+        "Flat since epoch 1: ": training([0.5] * 6, [0.5] * 6),
+        "Nothing left to learn, every validation image is classified correctly": training(
+            [1.0, 0.8, 0.6, 0.5, 0.4, 0.3], [1.0, 0.8, 0.6, 0.5, 0.4, 0.3], accuracy=1.0
+        ),
     }
     for start, history in cases.items():
         sentence = verdict(history)
         assert sentence.startswith(start)
         assert sentence.endswith(".")
         assert ". " not in sentence
-    assert "every validation image is classified correctly" in sentence
+
+
+def test_more_epochs_are_advised_where_the_loss_falls_by_more_than_a_few_percent():
+    # What a cosine schedule changed in its last epochs.
+    settled = [0.5, 0.2, 0.1, 0.06, 0.04, 0.035, 0.031, 0.03, 0.0294, 0.029, 0.0288, 0.0287, 0.0286]
+    assert verdict(training(settled, settled)).startswith("Flat")
+    falling = [2.0, 1.6, 1.3, 1.1, 0.9]
+    assert verdict(training(falling, falling)).endswith("; more epochs may help.")
+    advice = verdict(training(falling, falling), can_go_on=False)
+    assert advice.endswith("; a new run with more epochs may help.")
 
 
 def test_hundred_percent_means_all_of_them():
