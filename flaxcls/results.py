@@ -15,11 +15,11 @@ from flaxcls import config as config_module
 from flaxcls import pretrained, runlog
 from flaxcls.analysis.plots import plot_run
 from flaxcls.checkpoint import check_directory
-from flaxcls.data.dataset import class_counts
+from flaxcls.data.dataset import class_counts, fingerprint
 from flaxcls.data.load import check_run_folder
 from flaxcls.errors import InputError
 from flaxcls.evaluate import Evaluator, write_predictions
-from flaxcls.experiment import Experiment, image_spec, stored_images
+from flaxcls.experiment import Experiment, image_spec, read_dataset, stored_images
 from flaxcls.history import Record, summary
 from flaxcls.progress import Progress, closing, make_console, show
 from flaxcls.sharding import fetch, replicated
@@ -68,8 +68,8 @@ DESCRIPTION_KINDS = {
 class RunFiles:
     """The files of one run, apart from its checkpoints; only the first process writes.
 
-    Opening refuses a folder that belongs to another config or to another process, or that lies
-    among the data. A context manager.
+    Opening refuses a folder that belongs to another config or to another process, that lies among
+    the data, or whose run is finished and was of other data. A context manager.
 
     Attributes:
       folder: of the run.
@@ -123,6 +123,10 @@ class RunFiles:
             )
         done = self.folder / "summary.json"
         if done.exists() and stored.train.epochs >= self._config.train.epochs:
+            if stored.data.path != self._config.data.path:
+                trained_on = read_description(self.folder)["fingerprint"]
+                if fingerprint(read_dataset(self._config)) != trained_on:
+                    raise other_data(self.folder)
             return _read_with(done, SUMMARY_KINDS)
         return None
 
@@ -240,6 +244,14 @@ class RunFiles:
         (self.folder / PREVIOUS_SUMMARY).unlink(missing_ok=True)
         progress.finish(summarised, history, str(self.folder), can_go_on=self._can_go_on())
         return summarised
+
+
+def other_data(folder: Path) -> InputError:
+    """What to raise where the data are not those of the run in `folder`."""
+    return InputError(
+        f"data.path: the data differ from those that {folder} was trained on; restore them, or "
+        "train into another --workdir"
+    )
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from flaxcls.experiment import Experiment, for_training, with_weights
 from flaxcls.history import Record, best_record, metric_mode, should_stop
 from flaxcls.optimizers import plateau_scale
 from flaxcls.progress import Progress
-from flaxcls.results import RunFiles
+from flaxcls.results import RunFiles, other_data
 from flaxcls.sharding import fetch, put_replicated, replicated
 from flaxcls.step import Totals, compile_train_step
 
@@ -227,10 +227,7 @@ class Loop:
             self._take_weights()
         else:
             if restored.log["data"] != self.experiment.data.fingerprint:
-                raise InputError(
-                    f"data.path: the data differ from those that {self.files.folder} was trained "
-                    "on; restore them, or train into another --workdir"
-                )
+                raise other_data(self.files.folder)
             self.state, self.metrics = restored.state, restored.metrics
             self.step, self.history = restored.step, restored.log["history"]
             for damaged in restored.damaged:

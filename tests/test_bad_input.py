@@ -371,6 +371,19 @@ def test_other_data_under_the_same_config_change_nothing(three_classes):
     assert contents(three_classes) == before
 
 
+def test_other_data_do_not_pass_for_those_of_a_finished_run(three_classes):
+    before = contents(three_classes)
+    np.savez("moved.npz", images=NUMBERS, labels=np.arange(60) % 3)
+    np.savez("other.npz", images=255 - NUMBERS, labels=np.arange(60) % 3)
+    flags = [*THREE_CLASSES, f"--workdir={three_classes}"]
+    assert "is finished" in run(*flags, "--config.data.path=moved.npz").output
+    sentence = run(*flags, "--config.data.path=other.npz").sentence
+    assert "the data differ from those that three was trained on" in sentence
+    assert "another --workdir" in sentence
+    assert "'gone.npz'" in run(*flags, "--config.data.path=gone.npz").sentence
+    assert contents(three_classes) == before
+
+
 @pytest.mark.parametrize("kept", ["config of another model", "checkpoints of another model"])
 def test_a_checkpoint_of_other_shapes_is_named_with_both(finished, three_classes, kept):
     if kept == "checkpoints of another model":
