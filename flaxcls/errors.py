@@ -1,8 +1,12 @@
-"""The one exception for mistakes in what the user gave, and the remedy for a misspelt name."""
+"""The one exception for mistakes in what the user gave, and remedies that many of them share."""
 
 import contextlib
 import difflib
+import itertools
+import os
+import shlex
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -21,6 +25,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return f"did you mean {by_lower[near[0]]!r}?"
     more = f", ... ({len(names)} in all)" if len(names) > 12 else ""
     return f"choose one of {', '.join(names[:12])}{more}" if names else "there are none"
+
+
+def another_workdir(folder: Path) -> str:
+    """Returns `another --workdir (such as --workdir=runs/a-2)`, a name beside `folder` not in use.
+
+    The part of the remedy that follows "give".
+    """
+    names = (f"{folder}-{n}" for n in itertools.count(2))
+    free = next(name for name in names if not os.path.lexists(name))
+    return f"another --workdir (such as --workdir={shlex.quote(free)})"
 
 
 @contextlib.contextmanager

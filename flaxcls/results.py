@@ -17,10 +17,12 @@ from flaxcls.analysis.plots import plot_run
 from flaxcls.checkpoint import check_directory
 from flaxcls.data.dataset import class_counts, fingerprint
 from flaxcls.data.load import check_run_folder
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, another_workdir
 from flaxcls.evaluate import Evaluator, write_predictions
 from flaxcls.experiment import Experiment, image_spec, read_dataset, stored_images
+from flaxcls.experiment.recipe import model_options
 from flaxcls.history import Record, summary
+from flaxcls.models import create_model
 from flaxcls.progress import Progress, closing, make_console, show
 from flaxcls.sharding import fetch, replicated
 
@@ -111,15 +113,16 @@ class RunFiles:
             if any((self.folder / "checkpoints").glob("[0-9]*")):
                 raise InputError(
                     f"'{self.folder}' holds checkpoints but no config.json, so that nothing says "
-                    "what they are of; restore that file or give another --workdir"
+                    f"what they are of; restore that file or give {another_workdir(self.folder)}"
                 )
             return None
         stored = config_module.load(path)
         differing = config_module.differences(stored, self._config)
         if differing:
+            _check_names(self._config)  # a misspelt one makes no other run
             raise InputError(
                 f"{self.folder} holds a run with another config ({'; '.join(differing)}); "
-                "give another --workdir, or the same config to resume"
+                f"give {another_workdir(self.folder)}, or the same config to resume"
             )
         done = self.folder / "summary.json"
         if done.exists() and stored.train.epochs >= self._config.train.epochs:
@@ -250,7 +253,7 @@ def other_data(folder: Path) -> InputError:
     """What to raise where the data are not those of the run in `folder`."""
     return InputError(
         f"data.path: the data differ from those that {folder} was trained on; restore them, or "
-        "train into another --workdir"
+        f"train into {another_workdir(folder)}"
     )
 
 
@@ -274,6 +277,14 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"'{path}' has {len(counts)} counts for {len(names)} classes; restore or remove it"
         )
     return described
+
+
+def _check_names(config: ConfigDict) -> None:
+    """Refuses a model or options that there are not, and a path that leads nowhere."""
+    create_model(config.model.name, 2, **model_options(config))
+    path = config.data.path
+    if path and not Path(path).expanduser().exists():
+        raise InputError(f"data.path: {path!r} does not exist; give the folder or file of the data")
 
 
 def _read_with(path: Path, kinds: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from flaxcls.errors import InputError
+from flaxcls.errors import InputError, another_workdir
 from flaxcls.history import SPLITS, Record, scalars
 
 PACKAGES = (
@@ -75,7 +75,7 @@ class RunFolder:
             os.close(self._lock)
             raise InputError(
                 f"run folder '{self.path}' is in use by {holder}; wait until it ends, stop it, or "
-                "give another --workdir"
+                f"give {another_workdir(self.path)}"
             ) from None
         except OSError as error:
             warnings.warn(

@@ -20,7 +20,7 @@ from flaxcls import metrics, ops
 from flaxcls.checkpoint import Checkpoints
 from flaxcls.data.dataset import class_counts
 from flaxcls.data.loader import DeviceIterator
-from flaxcls.errors import InputError, out_of_memory
+from flaxcls.errors import InputError, another_workdir, out_of_memory
 from flaxcls.evaluate import Evaluator
 from flaxcls.experiment import Experiment, for_training, with_weights
 from flaxcls.history import Record, best_record, metric_mode, should_stop
@@ -461,8 +461,8 @@ class Loop:
         epoch = (self.step - 1) // self.experiment.order.steps_per_epoch + 1
         return InputError(
             f"{what} (epoch {epoch}); {kept}; "
-            "train into another --workdir with a lower optimizer.learning_rate, or clip the "
-            "gradients with optimizer.clip_norm"
+            f"train into {another_workdir(self.files.folder)} with a lower "
+            "optimizer.learning_rate, or clip the gradients with optimizer.clip_norm"
         )
 
     @property

@@ -357,8 +357,22 @@ def test_two_configs_in_one_folder_show_what_differs(finished):
     flags = ["--config.optimizer.learning_rate=0.5", "--config.seed=3", f"--workdir={finished}"]
     sentence = run(*SMALL, *flags).sentence
     assert "optimizer.learning_rate: 0.001 there, 0.5 now; seed: 0 there, 3 now" in sentence
-    assert "give another --workdir" in sentence
+    assert "give another --workdir (such as --workdir=run-2), or the same config" in sentence
     assert contents(finished) == before
+    Path("run-2").mkdir()
+    assert "--workdir=run-3)" in run(*SMALL, *flags).sentence
+
+
+def test_a_misspelt_name_is_no_other_config(finished):
+    flags = [*SMALL, f"--workdir={finished}"]
+    assert "no model 'lenat'" in run(*flags, "--config.model.name=lenat").sentence
+    said = run(*flags, "--config.data.source=npz", "--config.data.path=gone.npz").sentence
+    assert "data.path: 'gone.npz' does not exist" in said
+
+
+def test_more_epochs_under_a_schedule_of_fixed_length_name_the_schedule(finished):
+    sentence = run(*SMALL, "--config.train.epochs=3", f"--workdir={finished}").sentence
+    assert "train.epochs: 2 there, 3 now, and schedule 'cosine' is laid out over it" in sentence
 
 
 def test_other_data_under_the_same_config_change_nothing(three_classes):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from flaxcls.config.checks import KINDS, check_tree
 from flaxcls.config.keys import default, flatten, key_types
-from flaxcls.errors import InputError, did_you_mean
+from flaxcls.errors import InputError, another_workdir, did_you_mean
 
 # A run may be resumed with other values of these; all else is part of what the run is.
 MAY_CHANGE = (
@@ -63,7 +63,7 @@ def load(path: Path) -> ConfigDict:
 def _unreadable(path: Path, reason: str) -> InputError:
     return InputError(
         f"{path}: not a config that this version of flaxcls can read ({reason}); restore the file "
-        "or give another --workdir"
+        f"or give {another_workdir(path.parent)}"
     )
 
 
@@ -146,8 +146,9 @@ def differences(
     may_change = [*MAY_CHANGE, *also_free]
     if given.schedule.name in LENGTH_FREE_SCHEDULES:
         may_change.append("train.epochs")
+    reasons = {"train.epochs": f", and schedule {given.schedule.name!r} is laid out over it"}
     return [
-        f"{key}: {old[key]!r} there, {new[key]!r} now"
+        f"{key}: {old[key]!r} there, {new[key]!r} now{reasons.get(key, '')}"
         for key in sorted(old)
         if old[key] != new[key]
         and not any(key == free or key.startswith(free + ".") for free in may_change)
