@@ -76,18 +76,18 @@ def main(argv: Sequence[str]) -> int:
 
 def _dispatch(command: Command) -> int:
     config, workdir = command.config, command.workdir
-    notes = [ops.prepare_process(), *command.notes]  # before JAX starts its threads
+    memory = ops.prepare_process()  # before JAX starts its threads
     _start_jax(config, command.flags)
     if command.flags.mode == "train":
         train = importlib.import_module("flaxcls.train")
         try:
-            train.train(config, workdir, train.StopRequest(), notes)
+            train.train(config, workdir, train.StopRequest(), command.notes, memory)
         except train.Interrupted as interrupted:
             print(f"flaxcls: {interrupted}", file=sys.stderr)
             return 128 + interrupted.signal_number
     elif command.flags.mode == "evaluate":
         report = importlib.import_module("flaxcls.analysis.report")
-        report.evaluate_run(config, workdir, notes)
+        report.evaluate_run(config, workdir, command.notes)
     elif command.flags.mode == "summary":
         summary = importlib.import_module("flaxcls.analysis.summary")
         experiment = importlib.import_module("flaxcls.experiment")

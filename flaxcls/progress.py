@@ -183,8 +183,10 @@ class Progress:
             if self._split == "train" and self._epoch < self._epochs:
                 known = self._epoch_seconds
                 whole = sum(known) / len(known) if known else self._steps / speed
+                # Whole epochs include validation and saving, which the steps left do not.
+                rest = max(left, whole - (now - self._began)) if self._whole_epoch else left
                 later = (self._epochs - self._epoch) * whole
-                parts[-1] += f", {duration(left + later)} to the end"
+                parts[-1] += f", {duration(rest + later)} to the end"
         return "  ".join(parts)
 
     def _print(self, content: RenderableType) -> None:
@@ -324,7 +326,8 @@ def summary_table(summary: Mapping[str, Any], history: Sequence[Record]) -> Tabl
         "val": summary["val"],
         "test": summary["test"],
     }
-    return metrics_table({SPLIT_TITLES[split]: m for split, m in rows.items() if m})
+    titles = SPLIT_TITLES | {"train": "train (running)"}  # the mean of its batches, others after it
+    return metrics_table({titles[split]: m for split, m in rows.items() if m})
 
 
 def metrics_table(measured: Mapping[str, Mapping[str, float]]) -> Table:

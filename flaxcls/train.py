@@ -95,7 +95,9 @@ class StopRequest:
         return self.signal_number != 0
 
 
-def train(config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str]) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str], memory: str = ""
+) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir` and returns its summary.
 
     Args:
@@ -103,6 +105,7 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str]
       workdir: the run folder; made where it is missing.
       stop: asked after each step.
       notes: sentences for the log that were written before the run began.
+      memory: what `ops.prepare_process` did, for the log's line of the devices.
 
     Raises:
       InputError: the folder, the config or the data do not fit, or the loss is not finite.
@@ -125,7 +128,7 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str]
                 enabled=jax.process_index() == 0,
             ) as progress,
         ):
-            introduce(experiment, progress, notes)
+            introduce(experiment, progress, notes, memory)
             loop = Loop(experiment, checkpoints, files, progress, stop)
             with out_of_memory(
                 "lower train.batch_size, eval.batch_size or data.image_size, or raise "
@@ -143,8 +146,10 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest, notes: list[str]
                 )
 
 
-def introduce(experiment: Experiment, progress: Progress, notes: list[str]) -> None:
-    """Says what is about to be trained, on what."""
+def introduce(
+    experiment: Experiment, progress: Progress, notes: list[str], memory: str = ""
+) -> None:
+    """Says what is about to be trained, on what, and what was done about `memory`."""
     config, dataset = experiment.config, experiment.data.dataset
     for note in (*notes, *experiment.data.notes, *experiment.notes):
         progress.note(note)
@@ -152,8 +157,9 @@ def introduce(experiment: Experiment, progress: Progress, notes: list[str]) -> N
     dropped = order.size % order.batch_size
     if dropped:
         progress.note(
-            f"data: the last {dropped} of {order.size} training examples of each epoch's order do "
-            "not fill a batch and wait for another epoch"
+            f"data: each epoch leaves out {dropped} of its {order.size} training examples "
+            f"({100 * dropped / order.size:.0f} %), which do not fill a batch of "
+            f"{order.batch_size}; a smaller train.batch_size leaves out fewer"
         )
     if dataset.skipped:
         progress.note(
@@ -163,6 +169,7 @@ def introduce(experiment: Experiment, progress: Progress, notes: list[str]) -> N
     progress.note(
         f"model: {config.model.name}, {experiment.count_parameters():,} parameters, "
         f"{config.precision}, on {len(devices)} x {devices[0].device_kind}"
+        + (f"; {memory}" if memory else "")
     )
     counts = {key: value.tolist() for key, value in class_counts(dataset).items()}
     progress.class_counts(dataset.class_names, counts)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -157,19 +158,20 @@ def test_images_and_their_preparation_are_described(finished):
 def test_a_person_sees_the_classes_each_epoch_and_a_verdict(finished):
     output = (finished.parent / "output.txt").read_text()
     for said in (
-        "memory: ",
         "data: placement device",
-        "12 of 140 training examples",
+        "leaves out 12 of its 140 training examples (9 %), which do not fill a batch of 16",
         "10 classes",
         "model: lenet, 70,934 parameters",
         "epoch 1/2",
         "epoch 2/2",
         "waited ",
         "validation ",
+        "train (running)",
         "Too early to see a trend after 2 epochs",
         f"everything is in {finished}",
     ):
         assert said in output, said
+    assert re.search(r"^model: .*, on \d+ x .*; (allocator|glibc) ", output, re.MULTILINE)
 
 
 # Running again.

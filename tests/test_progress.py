@@ -228,12 +228,31 @@ def test_the_end_shows_every_split_the_verdict_and_the_folder(capsys):
     assert header[:4] == ["split", "loss", "accuracy", "top-5"]
     rows = {line.split()[0]: line for line in lines[2:5]}
     assert list(rows) == ["train", "validation", "test"]
+    assert "train (running) " in rows["train"]
     assert "0.0987" in rows["validation"]
     assert "97.12 %" in rows["test"]
     assert lines[5].startswith("Too early")
     assert lines[6] == (
         "lenet (44,426 parameters), best epoch 1 of 2, 24 s at 1234 img/s; "
         "everything is in runs/lenet-digits"
+    )
+
+
+def test_the_time_to_the_end_counts_validation_too(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("flaxcls.progress.time.monotonic", lambda: now)
+    progress = Progress(epochs=3, steps_per_epoch=10, batch_size=1, every_seconds=5)
+    for epoch in (1, 2):
+        progress.start(epoch)
+        for step in range(1, 11):
+            now += 1
+            progress.update(step)
+        now += 20  # validation and saving
+        progress.end_epoch(records(epoch))
+    lines = capsys.readouterr().out.splitlines()
+    # Epoch 2 after 5 of its 30 seconds, and a third epoch.
+    assert any(
+        "train step 5/10" in line and "5.0 s left, 55 s to the end" in line for line in lines
     )
 
 

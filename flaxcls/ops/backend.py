@@ -91,7 +91,7 @@ def _compiles_with_cpu_options() -> bool:
 
 
 def prepare_process() -> str:
-    """Let the C library keep the memory of temporaries, and say what was done in one sentence.
+    """Let the C library keep the memory of temporaries, and say what was done in a few words.
 
     XLA:CPU allocates a step's temporaries anew each step, and glibc returns blocks of that size
     to the system each time, so every step pays page faults for all of them: 1.18 s instead of
@@ -100,11 +100,11 @@ def prepare_process() -> str:
     Call it once, before JAX runs anything: JAX's threads keep the settings they started with.
     """
     if _accelerator_is_present():
-        return "memory: allocator left as it is (the temporaries are an accelerator's)"
+        return "allocator left as it is (the temporaries are an accelerator's)"
     if platform.libc_ver()[0] != "glibc":
-        return "memory: allocator left as it is (only glibc's is tuned)"
+        return "allocator left as it is (only glibc's is tuned)"
     if _jax_has_started():
-        return "memory: allocator left as it is (JAX had already started its threads)"
+        return "allocator left as it is (JAX had already started its threads)"
     mallopt = ctypes.CDLL(None).mallopt
     largest = 2**31 - 1
     settings = (
@@ -114,8 +114,8 @@ def prepare_process() -> str:
         (-2, 64 * 2**20),  # M_TOP_PAD: the heap grows by 64 MB at a time
     )
     if not all(mallopt(parameter, value) for parameter, value in settings):
-        return "memory: allocator left in part as it is (glibc refused a setting)"
-    return "memory: glibc keeps freed memory for reuse (mallopt)"
+        return "allocator left in part as it is (glibc refused a setting)"
+    return "glibc keeps freed memory for reuse (mallopt)"
 
 
 def _accelerator_is_present() -> bool:
