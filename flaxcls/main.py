@@ -1,4 +1,4 @@
-"""The command line: flags to one function of one room.
+"""flaxcls trains, evaluates and measures image classifiers.
 
 python -m flaxcls.main --config=configs/vgg13.py
 python -m flaxcls.main --mode=evaluate --workdir=runs/vgg13-digits
@@ -24,8 +24,8 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from flaxcls import __version__, ops
 from flaxcls import config as config_module
-from flaxcls import ops
 from flaxcls.errors import InputError, did_you_mean
 
 MODES = ("train", "evaluate", "summary")
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m flaxcls.main",
         description=__doc__,
         epilog=f"Configs that come with flaxcls: {', '.join(shipped_configs())}. "
-        f"Every key of a config and its default: {config_module.__file__}",
+        f"Every key of a config and its default: {config_module.keys.__file__}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num_processes", type=int, metavar="N", help="how many processes")
     parser.add_argument("--process_id", type=int, metavar="I", help="which of them, from 0")
+    parser.add_argument("--version", action="version", version=f"flaxcls {__version__}")
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error in the input"
     )

@@ -14,7 +14,7 @@ from command_line import SMALL, compiled_once, contents, run
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flaxcls import config, main, models
+from flaxcls import __version__, config, main, models
 from flaxcls.checkpoint import Checkpoints
 from flaxcls.errors import InputError
 
@@ -488,6 +488,15 @@ def test_help_names_modes_flags_and_configs(capsys):
     shown = capsys.readouterr().out
     for said in ("--config", "--mode", *main.MODES, "--workdir", "--debug", "vgg13"):
         assert said in shown
+    keys = re.search(r"Every key of a config and its default:\s+(\S+)", shown)[1]
+    assert "c.optimizer.learning_rate = " in Path(keys).read_text()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main(["flaxcls", "--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"flaxcls {__version__}\n"
 
 
 def several(coordinator, processes, process):

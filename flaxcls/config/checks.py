@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flaxcls.config.keys import BRANCHES, default, flatten, key_types
-from flaxcls.errors import InputError, did_you_mean
+from flaxcls.errors import InputError, did_you_mean, nearest
 
 CHOICES = {
     "data.resize": ("squash", "crop", "pad"),
@@ -153,10 +153,12 @@ def check_key(path: str) -> None:
     if any(key.startswith(path + ".") for key in known):
         raise InputError(f"{path} is a group of keys; set one of them, as in {path}.KEY=VALUE")
     group, _, last = path.rpartition(".")
-    same_name = [repr(key) for key in known if key.rpartition(".")[2] == last]
+    same_name = {key.rpartition(".")[0]: repr(key) for key in known if key.endswith(f".{last}")}
+    near = nearest(group, same_name)
     same_group = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == group]
     if same_name:
-        remedy = f"did you mean {' or '.join(same_name)}?"
+        meant = [same_name[near]] if near else same_name.values()
+        remedy = f"did you mean {' or '.join(meant)}?"
     elif group and same_group:
         remedy = did_you_mean(last, same_group)
     else:
