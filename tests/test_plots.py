@@ -66,6 +66,22 @@ def test_every_picture_is_written_and_nothing_stays_in_memory(tmp_path, classes)
     assert sum(type(thing) is Figure for thing in gc.get_objects()) == before
 
 
+def test_legends_hide_no_curve():
+    history, _, _ = synthetic(3, 12)
+    drawn = (
+        plots.plot_loss,
+        plots.plot_accuracy,
+        plots.plot_precision_recall_f1,
+        plots.plot_curves,
+    )
+    for figure in (plot(history, 9) for plot in drawn):
+        pixels(figure)  # lays it out
+        for axes in figure.axes:
+            legend = axes.get_legend().get_window_extent()
+            assert legend.y1 < axes.xaxis.label.get_window_extent().y0
+            assert legend.y0 >= 0
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("splits", [("train",), ("val",)])
 def test_one_epoch_and_missing_splits_and_metrics_are_drawn(tmp_path, splits):

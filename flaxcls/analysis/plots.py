@@ -78,21 +78,21 @@ def save(figure: Figure, path: Path) -> Path:
 
 def plot_loss(history: Sequence[Record], best_epoch: int | None) -> Figure:
     """Training loss against validation loss."""
-    figure = _figure(7, 4.2)
+    figure = _figure(7, 4.8)
     _draw_splits(figure.add_subplot(), history, "loss", best_epoch)
     return figure
 
 
 def plot_accuracy(history: Sequence[Record], best_epoch: int | None) -> Figure:
     """Training accuracy against validation accuracy."""
-    figure = _figure(7, 4.2)
+    figure = _figure(7, 4.8)
     _draw_splits(figure.add_subplot(), history, "accuracy", best_epoch)
     return figure
 
 
 def plot_precision_recall_f1(history: Sequence[Record], best_epoch: int | None) -> Figure:
     """Precision, recall and F1, averaged over classes and weighted by their size."""
-    figure = _figure(10, 4.2)
+    figure = _figure(10, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_scores(left, history, "macro", best_epoch)
     _draw_scores(right, history, "weighted", best_epoch)
@@ -101,7 +101,7 @@ def plot_precision_recall_f1(history: Sequence[Record], best_epoch: int | None) 
 
 def plot_curves(history: Sequence[Record], best_epoch: int | None) -> Figure:
     """Loss, accuracy and precision/recall/F1 side by side."""
-    figure = _figure(13, 4)
+    figure = _figure(13, 4.6)
     axes = figure.subplots(1, 3)
     _draw_splits(axes[0], history, "loss", best_epoch)
     _draw_splits(axes[1], history, "accuracy", best_epoch)
@@ -315,8 +315,10 @@ def _finish(
 
 
 def _legend(axes: Axes, **options: Any) -> None:
+    """A legend under the axes, where it hides no curve, an entry a row."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(**{"frameon": False, "loc": "best", **options})
+        below = {"loc": "upper left", "bbox_to_anchor": (0, -0.14), "borderaxespad": 0}
+        axes.legend(**{"frameon": False, **below, **options})
 
 
 def _draw_spread(axes: Axes, epochs: np.ndarray, values: np.ndarray) -> None:
