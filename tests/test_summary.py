@@ -29,6 +29,13 @@ def test_layers_shapes_parameters_and_flops_of_lenet():
     assert [name for name in names if name in order] == order
 
 
+def test_convolutions_count_padding_as_other_tools_do():
+    rows = rows_of(model_summary(models.create_model("vgg13", 10), (32, 32, 3)))
+    conv = next(row for name, row in rows.items() if name.endswith("conv5_1"))
+    # 2x2 maps of 512 channels: 2 * 2*2 * 512 * 512*9, then the bias.
+    assert conv[2:] == ["2x2x512", "2,359,808", f"{(2 * 4 * 512 * 512 * 9 + 4 * 512) / 1e6:.3f}"]
+
+
 @pytest.mark.parametrize("name", ["vgg16c", "fashion_net0"])
 def test_the_table_fits_100_columns_and_adds_up(name):
     text = model_summary(models.create_model(name, 1000), (1, 224, 224, 3))
