@@ -15,7 +15,7 @@ from flaxcls import config as config_module
 from flaxcls import pretrained, runlog
 from flaxcls.analysis.plots import plot_run
 from flaxcls.checkpoint import check_directory
-from flaxcls.data.dataset import class_counts, fingerprint
+from flaxcls.data.dataset import class_counts, fingerprint, named
 from flaxcls.data.load import check_run_folder
 from flaxcls.errors import InputError, another_workdir
 from flaxcls.evaluate import Evaluator, write_predictions
@@ -216,7 +216,7 @@ class RunFiles:
             write_predictions(
                 self.folder / "predictions",
                 split,
-                dataset.splits[split],
+                named(dataset.splits[split], split),
                 result.logits,
                 dataset,
             )

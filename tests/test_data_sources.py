@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flaxcls.data.dataset import class_counts
+from flaxcls.data.dataset import class_counts, fingerprint, named
 from flaxcls.data.decode import ImageSpec, decode, decode_all
 from flaxcls.data.load import SOURCES, check_run_folder, load_dataset
 from flaxcls.data.sources import digits, idx, image_folder, npy, npz
@@ -859,6 +859,27 @@ def test_classes_can_be_chosen_drawn_and_thinned_in_any_source():
         load_dataset("digits", classes=("1", "ten"))
     with pytest.raises(InputError, match=r"data\.path: source 'digits' takes none"):
         load_dataset("digits", "somewhere")
+
+
+def test_records_are_named_by_where_they_lie_in_the_source(tmp_path):
+    drawn = load_dataset("digits", val_fraction=0.1, test_fraction=0.2)
+    assert drawn.splits["test"].names[0].startswith("digits/")
+    images, labels = np.zeros((20, 4, 4), np.uint8), np.arange(20) % 2
+    parts = {"train_images": images, "train_labels": labels, "test_images": images}
+    np.savez(tmp_path / "own.npz", **parts, test_labels=labels)
+    own = load_dataset("npz", str(tmp_path / "own.npz"), val_fraction=0.1)
+    assert own.splits["val"].names[0].startswith("train/")
+    assert named(own.splits["test"], "test").names[3] == "test/3"
+
+
+def test_a_renamed_file_has_the_same_fingerprint(tmp_path):
+    arrays = {"images": np.zeros((20, 4, 4), np.uint8), "labels": np.arange(20) % 2}
+    prints = set()
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        path = str(tmp_path / f"{name}.npz")
+        prints |= {fingerprint(load_dataset("npz", path, val_fraction=share)) for share in (0, 0.1)}
+    assert len(prints) == 2
 
 
 def test_known_classes_number_any_source():

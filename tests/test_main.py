@@ -137,6 +137,7 @@ def test_the_test_split_was_evaluated_with_the_best_checkpoint(finished):
     assert len(correct) == 40
     rows = list(csv.DictReader((finished / "predictions" / "test.csv").open()))
     assert [row["truth"] == row["prediction"] for row in rows] == correct.tolist()
+    assert all(row["file"].startswith("digits/") for row in rows)
 
 
 def test_images_and_their_preparation_are_described(finished):

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from flaxcls import config as config_module
 from flaxcls import runlog
 from flaxcls.checkpoint import Checkpoints, DamagedCheckpoint, Restored
+from flaxcls.data.dataset import named
 from flaxcls.errors import InputError, out_of_memory
 from flaxcls.evaluate import Evaluator, write_predictions
 from flaxcls.experiment import Experiment, for_evaluation
@@ -71,7 +72,8 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
         name += f"-step{config.eval.step}"
     if jax.process_index() == 0:
         folder, dataset = workdir / "predictions", experiment.data.dataset
-        write_predictions(folder, name, dataset.splits[key], result.logits, dataset)
+        split = named(dataset.splits[key], key)
+        write_predictions(folder, name, split, result.logits, dataset)
         runlog.write_json(folder / f"{name}.json", {"step": restored.step, **result.record})
         console = make_console()
         for note in (*notes, *experiment.data.notes, *missing_classes(result.record["support"])):

@@ -22,8 +22,9 @@ class Split:
     images: uint8 (N, H, W, C) with C 1 or 3, or a tuple of N paths of image files.
     labels: int32 (N,), positions in the data set's `class_names`.
     parents: int32 (N,), positions in the data set's `parent_names`, or None.
-    names: N names relative to the data's path (or `train/17` for record 17 of an array that was
-        split), or None where the index is the name.
+    names: N names relative to the data's path, or of arrays `test/17` for record 17 of the source's
+        own test split and `digits/17` for one of a source that has no splits; None for records
+        of an own split in their order.
     aspect: float32 (N,), width / height of each upright image; None for arrays.
     """
 
@@ -145,8 +146,7 @@ def _renumber(dataset: Dataset, class_names: tuple[str, ...]) -> Dataset:
         if len(kept) == len(labels):
             splits[key] = replace(split, labels=labels)
         else:
-            named = replace(split, names=split.names or record_names(key, len(split)))
-            splits[key] = replace(named.take(kept), labels=labels[kept])
+            splits[key] = replace(named(split, key).take(kept), labels=labels[kept])
     return replace(dataset, class_names=class_names, splits=splits)
 
 
@@ -173,9 +173,21 @@ def with_parents(dataset: Dataset, parents: Mapping[str, str]) -> Dataset:
     return replace(dataset, splits=splits, parent_names=names, class_parents=class_parents)
 
 
-def record_names(split: str, n: int) -> tuple[str, ...]:
-    """Return the names `split/0` ... `split/n-1` of an array's records."""
-    return tuple(f"{split}/{i}" for i in range(n))
+def named(split: Split, key: str) -> Split:
+    """Return the split with a name for every example: its own, or `key/17` for record 17."""
+    if split.names is not None:
+        return split
+    return replace(split, names=tuple(f"{key}/{i}" for i in range(len(split))))
+
+
+def name_undivided(dataset: Dataset) -> Dataset:
+    """Return the data set with its records named after it, `digits/17`, where it has no splits.
+
+    In predictions on a test split drawn from it, `train/17` would look like leakage.
+    """
+    if set(dataset.splits) != {"train"}:
+        return dataset
+    return replace(dataset, splits={"train": named(dataset.splits["train"], dataset.name)})
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -188,7 +200,7 @@ def fingerprint(dataset: Dataset) -> str:
     digest.update(repr((dataset.class_names, dataset.parent_names)).encode())
     for key in sorted(dataset.splits):
         split = dataset.splits[key]
-        digest.update(repr((key, len(split), split.names)).encode())
+        digest.update(repr((key, len(split), _lasting_names(dataset, split))).encode())
         digest.update(split.labels.astype("<i4").tobytes())
         if split.parents is not None:
             digest.update(split.parents.astype("<i4").tobytes())
@@ -199,6 +211,16 @@ def fingerprint(dataset: Dataset) -> str:
         else:
             digest.update(np.array([_file_size(p) for p in split.images], "<i8").tobytes())
     return digest.hexdigest()
+
+
+def _lasting_names(dataset: Dataset, split: Split) -> tuple[str, ...] | None:
+    """The names, without the data set's own, which is often that of a file that may move."""
+    if split.names is None or not isinstance(split.images, np.ndarray):
+        return split.names
+    own = f"{dataset.name}/"
+    return tuple(
+        f"train/{name.removeprefix(own)}" if name.startswith(own) else name for name in split.names
+    )
 
 
 def _file_size(path: str) -> int:

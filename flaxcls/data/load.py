@@ -9,6 +9,7 @@ from pathlib import Path
 from flaxcls.data.dataset import (
     Dataset,
     match_classes,
+    name_undivided,
     select_classes,
     with_parents,
 )
@@ -98,7 +99,7 @@ def load_dataset(
                 "or choose another data.source"
             )
     reader = importlib.import_module(f"flaxcls.data.sources.{source}")
-    dataset = reader.read(**{key: arguments[key] for key in SOURCES[source]})
+    dataset = name_undivided(reader.read(**{key: arguments[key] for key in SOURCES[source]}))
     dataset = _selected(dataset, source, tuple(classes), num_classes_drawn, per_class, seed)
     if known_classes:
         return _with_parents(match_classes(dataset, known_classes), parents)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from rich.table import Table
 
-from flaxcls.data.dataset import SPLITS, Dataset, Split, class_counts, record_names
+from flaxcls.data.dataset import SPLITS, Dataset, Split, class_counts, named
 from flaxcls.errors import InputError
 
 MODES = ("auto", "own", "drawn")
@@ -63,7 +63,7 @@ def take_per_class(split: Split, per_class: float, seed: int, key: str, purpose:
     classes = int(split.labels.max(initial=0)) + 1
     members = _by_class(draw_order(len(split), seed, purpose), split.labels, classes)
     indices = np.sort(np.concatenate([m[: per_class_count(per_class, len(m))] for m in members]))
-    return split if len(indices) == len(split) else _named(split, key).take(indices)
+    return split if len(indices) == len(split) else named(split, key).take(indices)
 
 
 def split_dataset(
@@ -184,9 +184,9 @@ def _draw(
             chosen = free[:total]
         taken[chosen] = True
         drawn[key] = np.sort(chosen)
-    named = _named(pool, "train")
-    return {"train": named.take(np.flatnonzero(~taken))} | {
-        key: named.take(chosen) for key, chosen in drawn.items()
+    pool = named(pool, "train")
+    return {"train": pool.take(np.flatnonzero(~taken))} | {
+        key: pool.take(chosen) for key, chosen in drawn.items()
     }
 
 
@@ -231,13 +231,9 @@ def _check_all_train(dataset: Dataset, train: Split, pool: Split) -> None:
         )
 
 
-def _named(split: Split, key: str) -> Split:
-    return split if split.names is not None else replace(split, names=record_names(key, len(split)))
-
-
 def merged(dataset: Dataset) -> Split:
     """Return all examples as one split, in the order train, val, test."""
-    parts = [_named(dataset.splits[key], key) for key in SPLITS if key in dataset.splits]
+    parts = [named(dataset.splits[key], key) for key in SPLITS if key in dataset.splits]
     if len(parts) == 1:
         return parts[0]
     arrays = [p.images for p in parts if isinstance(p.images, np.ndarray)]
