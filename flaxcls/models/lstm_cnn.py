@@ -87,9 +87,9 @@ class LSTMCNN(nn.Module):
     column), are one sequence of vectors; its outputs go back to where the patches were.
 
     A photo of 224x224 pixels gives 128 maps of 7x7 patches, a sequence of 6,272 steps that cannot
-    run side by side: a matmul of 4 by 16 each, some 20 microseconds on a CPU and more on a GPU, so
-    that the scan costs more time than the trunk with its 10^9 multiplications, in training above
-    all, which keeps the states of all steps (N x 6,272 x 16 numbers a layer).
+    run side by side. Forward, the scan adds 15 ms to the 207 ms of the trunk (batch 8, two cores);
+    its gradient, which keeps the states of all steps (N x 6,272 x 16 numbers a layer), makes that
+    of `baseline_cnn` 2.9 times as long: 2.1 s for 0.74 s.
 
     Attributes:
       num_classes: classes.

@@ -95,7 +95,7 @@ def create_model(
     for option in options:
         if option not in known:
             raise InputError(
-                f"model.{option}: {name} has no such option; it takes {', '.join(known)}"
+                f"model.{option}: {name} has no such option; it takes {', '.join(_shown(known))}"
             )
     entry = registry[name]
     checked = {
@@ -110,6 +110,11 @@ def create_model(
     if num_classes != 0 or isinstance(num_classes, bool):
         check("num_classes", num_classes, COMMON["num_classes"])
     return entry.factory(num_classes=num_classes, name=module_name, **checked)
+
+
+def _shown(options: dict[str, Any]) -> list[str]:
+    """Names of options that a config sets: precision decides on the dtypes."""
+    return [option for option in options if option not in ("dtype", "param_dtype")]
 
 
 def create_trunk(name: str, layers: Layers, *, module_name: str = "trunk") -> nn.Module:
