@@ -2,6 +2,7 @@
 
 python -m flaxcls.main --config=configs/vgg13.py
 python -m flaxcls.main --mode=evaluate --workdir=runs/vgg13-digits
+python -m flaxcls.main --mode=compare --workdir='runs/*'
 """
 
 from flaxcls import interrupt
@@ -17,7 +18,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,8 +29,9 @@ from flaxcls import __version__, ops
 from flaxcls import config as config_module
 from flaxcls.errors import InputError, did_you_mean
 
-MODES = ("train", "evaluate", "summary")
 ON_RUNS = ("evaluate",)  # modes that need a run, not a config
+ON_MANY_RUNS = ("compare",)  # modes that need runs and take no config
+KEY = r"--?(?:no)?config\.([^=]+)"  # an argument that sets a key of the config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Command:
 
     Attributes:
       flags: as given: mode, coordinator, num_processes, process_id.
-      config: resolved.
-      workdir: the run folder.
+      config: resolved; empty for a mode that takes none.
+      workdir: the run folder; a pattern for a mode on many runs.
       notes: sentences for the log.
     """
 
@@ -62,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
     n, saved, to be resumed.
     """
     try:
-        return _dispatch(parse(argv))
+        command = parse(argv)
+        return MODES[command.flags.mode](command)
     except InputError as error:
         if "--debug" in argv:
             raise
@@ -74,25 +77,44 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-def _dispatch(command: Command) -> int:
-    config, workdir = command.config, command.workdir
-    memory = ops.prepare_process()  # before JAX starts its threads
-    _start_jax(config, command.flags)
-    if command.flags.mode == "train":
-        train = importlib.import_module("flaxcls.train")
-        try:
-            train.train(config, workdir, train.StopRequest(), command.notes, memory)
-        except train.Interrupted as interrupted:
-            print(f"flaxcls: {interrupted}", file=sys.stderr)
-            return 128 + interrupted.signal_number
-    elif command.flags.mode == "evaluate":
-        report = importlib.import_module("flaxcls.analysis.report")
-        report.evaluate_run(config, workdir, command.notes)
-    elif command.flags.mode == "summary":
-        summary = importlib.import_module("flaxcls.analysis.summary")
-        experiment = importlib.import_module("flaxcls.experiment")
-        print(summary.model_summary(*experiment.untrained_model(config)))
+def _train(command: Command) -> int:
+    memory = _start(command)
+    train = importlib.import_module("flaxcls.train")
+    try:
+        train.train(command.config, command.workdir, train.StopRequest(), command.notes, memory)
+    except train.Interrupted as interrupted:
+        print(f"flaxcls: {interrupted}", file=sys.stderr)
+        return 128 + interrupted.signal_number
     return 0
+
+
+def _evaluate(command: Command) -> int:
+    _start(command)
+    report = importlib.import_module("flaxcls.analysis.report")
+    report.evaluate_run(command.config, command.workdir, command.notes)
+    return 0
+
+
+def _summary(command: Command) -> int:
+    _start(command)
+    summary = importlib.import_module("flaxcls.analysis.summary")
+    experiment = importlib.import_module("flaxcls.experiment")
+    print(summary.model_summary(*experiment.untrained_model(command.config)))
+    return 0
+
+
+def _compare(command: Command) -> int:
+    compare = importlib.import_module("flaxcls.analysis.compare")
+    compare.compare_runs(command.flags.workdir)
+    return 0
+
+
+MODES: dict[str, Callable[[Command], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "summary": _summary,
+    "compare": _compare,
+}
 
 
 def _end_with_the_others() -> None:
@@ -117,8 +139,12 @@ def parse(argv: Sequence[str]) -> Command:
     given, keys = parser.parse_known_args(argv[1:])
     if given.mode not in MODES:
         raise InputError(f"--mode: unknown mode {given.mode!r}; {did_you_mean(given.mode, MODES)}")
+    _check_flags(keys, known=list(vars(given)))
+    if given.mode in ON_MANY_RUNS:
+        _refuse_config(given, keys)
+        return Command(given, ConfigDict(), Path(given.workdir), [])
     config = _read_config(given)
-    _override(config, keys, known_flags=list(vars(given)))
+    _override(config, keys)
     resolved, notes = config_module.resolve(config)
     workdir = given.workdir or Path("runs", run_name(given.config, resolved))
     return Command(given, resolved, Path(workdir), notes)
@@ -150,7 +176,8 @@ def _parser() -> argparse.ArgumentParser:
         "--workdir",
         type=os.path.expanduser,
         metavar="DIR",
-        help="run folder; by default runs/CONFIG-DATASET",
+        help="run folder; by default runs/CONFIG-DATASET. With --mode=compare a quoted pattern, or "
+        "several separated by commas",
     )
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT", help="first of several processes, given to each"
@@ -188,17 +215,36 @@ def _read_config(given: argparse.Namespace) -> ConfigDict:
     )
 
 
-def _override(config: ConfigDict, arguments: list[str], known_flags: list[str]) -> None:
-    """Sets the keys of `--config.GROUP.KEY=VALUE` arguments."""
+def _check_flags(arguments: list[str], known: list[str]) -> None:
+    """Refuses what is neither a flag nor a key of the config."""
     for argument in arguments:
         flag = re.match(r"--?([^=]+)", argument)
-        key = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        key = re.match(KEY, argument)
         if key:
             config_module.check_key(key[1])
         elif flag:
-            raise InputError(
-                f"--{flag[1]}: there is no such flag; {did_you_mean(flag[1], known_flags)}"
-            )
+            raise InputError(f"--{flag[1]}: there is no such flag; {did_you_mean(flag[1], known)}")
+
+
+def _refuse_config(given: argparse.Namespace, arguments: list[str]) -> None:
+    """Refuses a config and its keys for a mode on many runs, and a command that names no run."""
+    keys = [key[1] for key in (re.match(KEY, argument) for argument in arguments) if key]
+    if given.config is not None or keys:
+        named = f"--config.{keys[0]}" if keys else "--config"
+        raise InputError(
+            f"{named}: --mode={given.mode} takes the configs that the runs hold; leave it out"
+        )
+    if arguments:
+        raise InputError(
+            f"unexpected argument {arguments[0]!r}; put the pattern in quotes, as in "
+            "--workdir='runs/*'"
+        )
+    if not given.workdir:
+        raise InputError("--workdir is missing; give the folders of runs, as in --workdir='runs/*'")
+
+
+def _override(config: ConfigDict, arguments: list[str]) -> None:
+    """Sets the keys of `--config.GROUP.KEY=VALUE` arguments."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     argv = ["flaxcls", *arguments]
@@ -256,6 +302,13 @@ def _missing_config(path: str) -> str:
         return f"--config: {path!r} is a folder; give a config file"
     remedy = did_you_mean(path, shipped_configs())
     return f"--config: no file {path!r}, and no config of that name comes with flaxcls; {remedy}"
+
+
+def _start(command: Command) -> str:
+    """Sets the process up and starts JAX; returns what became of the allocator, for the log."""
+    memory = ops.prepare_process()  # before JAX starts its threads
+    _start_jax(command.config, command.flags)
+    return memory
 
 
 def _start_jax(config: ConfigDict, given: argparse.Namespace) -> None:

@@ -130,7 +130,7 @@ class RunFiles:
                 trained_on = read_description(self.folder)["fingerprint"]
                 if fingerprint(read_dataset(self._config)) != trained_on:
                     raise other_data(self.folder)
-            return _read_with(done, SUMMARY_KINDS)
+            return read_summary(self.folder)
         return None
 
     def show_finished(self) -> None:
@@ -255,6 +255,15 @@ def other_data(folder: Path) -> InputError:
         f"data.path: the data differ from those that {folder} was trained on; restore them, or "
         f"train into {another_workdir(folder)}"
     )
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Returns the run's `summary.json`, as `history.summary` made it.
+
+    Raises:
+      InputError: the file is missing or damaged.
+    """
+    return _read_with(folder / "summary.json", SUMMARY_KINDS)
 
 
 def read_description(folder: Path) -> dict[str, Any]:

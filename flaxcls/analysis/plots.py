@@ -1,4 +1,4 @@
-"""The pictures of a run: curves, class counts and the confusion matrix, as PNG files.
+"""The pictures of runs: curves, class counts and the confusion matrix, as PNG files.
 
 Figures are made without pyplot, so that nothing global is kept and any thread may draw. Colours
 are those of Okabe and Ito (2008), which colour-blind people tell apart: blue is training,
@@ -32,6 +32,7 @@ COLOURS = (
 )  # fmt: skip
 RIGHT, WRONG = "#08519C", "#C24A00"
 DASHES = ("-", "--", "-.", ":")
+MOST_COLUMNS = 6  # side by side
 
 
 def plot_run(
@@ -206,6 +207,104 @@ def plot_confusion(
     return figure
 
 
+def plot_side_by_side(
+    groups: Sequence[Sequence[tuple[Sequence[Record], int]]],
+    titles: Sequence[Sequence[str]],
+    *,
+    shared_loss: bool = True,
+) -> Figure:
+    """Losses above accuracies, a column for each group of runs, six columns side by side at most.
+
+    Accuracies are on one scale, and losses too with `shared_loss`.
+
+    Args:
+      groups: of each run its history and best epoch, which is marked.
+      titles: the lines above each column, the first in bold (24 characters fit, 36 in others).
+      shared_loss: whether the losses of the groups mean the same.
+    """
+    bands = math.ceil(len(groups) / MOST_COLUMNS)
+    across = math.ceil(len(groups) / bands)
+    lines = max(map(len, titles))
+    width = 2.5 if across > 3 else 3.4
+    figure = _figure(width * across + 0.7, bands * (4.3 + 0.15 * lines) + 0.3)
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08)  # type: ignore[union-attr, call-arg]
+    grid = figure.subplots(2 * bands, across, squeeze=False)
+    curves = {metric: [_curves(group, metric) for group in groups] for metric in _COMPARED}
+    for place, title in enumerate(titles):
+        band, column = divmod(place, across)
+        for row, metric in enumerate(_COMPARED):
+            axes = grid[2 * band + row, column]
+            _draw_runs(axes, curves[metric][place], [best for _, best in groups[place]])
+            shared = shared_loss or metric != "loss"
+            scaled = curves[metric] if shared else [curves[metric][place]]
+            _scale(axes, [values for runs in scaled for _, _, values in runs], metric == "accuracy")
+            axes.tick_params(labelsize=8, labelleft=column == 0 or not shared, labelbottom=row == 1)
+            if column == 0:
+                logarithmic = shared and axes.get_yscale() == "log"
+                axes.set_ylabel(f"{metric}, logarithmic" if logarithmic else metric)
+        axes.set_xlabel("epoch", fontsize=9)
+        _write_titles(grid[2 * band, column], title, lines)
+    for axes in grid[-2:, len(groups) - (bands - 1) * across :].flat:
+        axes.axis("off")
+    handles = {
+        label: handle
+        for axes in grid.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(
+            handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False
+        )
+    return figure
+
+
+_COMPARED = ("loss", "accuracy")
+
+
+def _curves(
+    runs: Sequence[tuple[Sequence[Record], int]], metric: str
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Split, epochs and values of each curve of some runs: train and validation in turn."""
+    return [
+        (split, *_series(history, split, metric)) for history, _ in runs for split in SPLITS[:2]
+    ]
+
+
+def _draw_runs(
+    axes: Axes, curves: Sequence[tuple[str, np.ndarray, np.ndarray]], best_epochs: Sequence[int]
+) -> None:
+    """The curves of the runs of one group, thinner where there are several."""
+    thin = len(best_epochs) > 1
+    for place, (split, epochs, values) in enumerate(curves):
+        if not len(epochs):
+            continue
+        axes.plot(
+            epochs, values, color=SPLIT_COLOURS[split], linestyle="-" if split == "train" else "--",
+            linewidth=1.1 if thin else 1.8, alpha=0.8 if thin else 1.0, marker=_marker(epochs),
+            markersize=4, label=SPLIT_TITLES[split],
+        )  # fmt: skip
+        best = epochs == best_epochs[place // 2]
+        if split == "val" and best.any():
+            axes.plot(
+                epochs[best], values[best], "o", markersize=5 if thin else 7, linestyle="none",
+                markerfacecolor="none", markeredgecolor=SPLIT_COLOURS[split], markeredgewidth=1.4,
+                label="best epoch",
+            )  # fmt: skip
+    _frame(axes, [epochs for _, epochs, _ in curves])
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
+
+
+def _write_titles(axes: Axes, lines: Sequence[str], most: int) -> None:
+    """A bold line and smaller ones under it, above the axes; room is left for `most` lines."""
+    axes.set_title(_short(lines[0], 24), loc="left", weight="bold", fontsize=10, pad=12 * most - 6)
+    smaller = axes.annotate(
+        "\n".join(_short(line, 36) for line in lines[1:]),
+        (0, 1), (0, 12 * most - 9), xycoords="axes fraction", textcoords="offset points",
+        va="top", fontsize=8, color="#555555", linespacing=1.25,
+    )  # fmt: skip
+    smaller.set_in_layout(False)  # a long line would make all columns narrow
+
+
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=130, layout="constrained")
 
@@ -284,20 +383,33 @@ def _finish(
     axes.set_title(title, loc="left", weight="bold")
     axes.set_title(subtitle, loc="right", fontsize=9, color="#555555")
     axes.set_xlabel("epoch")
+    curves = [(epochs, values) for epochs, values in curves if len(epochs)]
+    _frame(axes, [epochs for epochs, _ in curves])
+    if best_epoch is not None:
+        axes.axvline(best_epoch, color="#999999", linewidth=1, linestyle=":", zorder=0)
+    _scale(axes, [values for _, values in curves], percent)
+    if axes.get_yscale() == "log":
+        axes.set_title("logarithmic", loc="right", fontsize=9, color="#555555")
+
+
+def _frame(axes: Axes, epochs: Iterable[np.ndarray]) -> None:
+    """A grid, no frame, and an axis of whole epochs."""
     axes.grid(color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
-    curves = [(epochs, values) for epochs, values in curves if len(epochs)]
-    epochs = np.concatenate([epochs for epochs, _ in curves] or [np.zeros(0, int)])
-    values = np.concatenate([values.ravel() for _, values in curves] or [np.zeros(0)])
+    every = np.concatenate([np.zeros(0, int), *epochs])
+    if len(every):
+        margin = max(0.5, 0.02 * float(np.ptp(every)))
+        axes.set_xlim(every.min() - margin, every.max() + margin)
+
+
+def _scale(axes: Axes, curves: Iterable[np.ndarray], percent: bool) -> None:
+    """A value axis that suits what `curves` hold."""
+    values = np.concatenate([np.zeros(0), *(curve.ravel() for curve in curves)])
     values = values[np.isfinite(values)]
-    if best_epoch is not None:
-        axes.axvline(best_epoch, color="#999999", linewidth=1, linestyle=":", zorder=0)
     if not len(values):
         return
-    margin = max(0.5, 0.02 * float(np.ptp(epochs)))
-    axes.set_xlim(epochs.min() - margin, epochs.max() + margin)
     low, high = float(values.min()), float(values.max())
     if percent:
         span = high - low
@@ -308,10 +420,13 @@ def _finish(
     elif low > 0 and high > 20 * low:
         # On a linear axis the last epochs of a loss that falls so far are one flat line.
         axes.set_yscale("log")
-        axes.set_title("logarithmic", loc="right", fontsize=9, color="#555555")
+        axes.set_ylim(low / 1.2, high * 1.2)
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    else:
+        room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        axes.set_ylim(low - room, high + room)
 
 
 def _legend(axes: Axes, **options: Any) -> None:
