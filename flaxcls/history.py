@@ -31,11 +31,11 @@ _BOOKKEEPING = {
     "images_per_second",
     "wait_share",
 }
-_SCORES = ("accuracy", "top_", "precision", "recall", "f1")
+_SCORES = ("accuracy", "top_", "precision", "recall", "f1", "errors_within_parent")
 
 
 def metric_mode(monitor: str) -> Literal["min", "max"]:
-    """ "max" for accuracy, top_k, precision, recall and F1; "min" for the loss and its parts."""
+    """ "max" for accuracies, top_k, precision, recall, F1 and errors_within_parent; else "min"."""
     metric = monitor.rsplit("/", 1)[-1]
     return "max" if any(score in metric for score in _SCORES) else "min"
 

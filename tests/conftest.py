@@ -3,6 +3,14 @@
 import jax
 import pytest
 
+# Files of few tests that take minutes: begun last, they would keep one worker busy alone.
+FIRST = ("test_devices.py", "test_resume.py", "test_parity_models.py", "test_loop.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Begins with the files that take longest."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
 
 @pytest.fixture
 def x64():

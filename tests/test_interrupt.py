@@ -73,13 +73,17 @@ def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector():
 
 def test_a_second_ctrl_c_acts_as_it_did_before_the_loop():
     stop = StopRequest()
-    before = signal.getsignal(signal.SIGINT)
-    with stop.listening():
-        signal.raise_signal(signal.SIGINT)
-        assert stop.signal_number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+    # Set here, since a background job is started with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with stop.listening():
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            assert stop.signal_number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_main_as_a_function_leaves_signals_alone():

@@ -416,5 +416,5 @@ def test_impossible_optimizers_are_refused(name, options, message):
 
 
 def test_a_plateau_needs_a_direction():
-    with pytest.raises(InputError, match="did you mean 'max'"):
+    with pytest.raises(InputError, match="choose one of min, max"):
         optimizers.plateau_scale([1.0], mode="maximum")

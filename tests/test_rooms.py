@@ -96,6 +96,8 @@ def _imported(node):
     assert not node.level, "imports are absolute"
     names = []
     for alias in node.names:
+        if f"{node.module}.{alias.name}" == "flaxcls.__version__":
+            continue
         full = f"{node.module}.{alias.name}"
         is_module = full.removeprefix("flaxcls.") in MODULES or node.module == "flaxcls"
         names.append(full if is_module else node.module)

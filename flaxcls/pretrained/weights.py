@@ -75,8 +75,8 @@ def load(
       Variables of the same shapes and dtypes, NumPy where they were loaded, and a report.
 
     Raises:
-      InputError: the file cannot be read, lacks a tensor, or has one of another shape, other than
-        the head's of another number of classes.
+      InputError: the file cannot be read, lacks a tensor, or has one of another shape; but a head
+        may be absent, or of another number of classes.
     """
     tensors, about, source = _read(str(path_or_name))
     ours = flatten_dict(dict(variables))
@@ -106,6 +106,11 @@ def load(
             loaded[entry.path] = np.asarray(array).astype(wanted.dtype)
         elif is_head(entry.path) and array.ndim == len(wanted.shape):
             initialised["/".join(entry.path)] = f"{array.shape} there, {tuple(wanted.shape)} here"
+        elif array.ndim == 4 and array.shape[2] == 3 and wanted.shape[2] == 1:
+            raise InputError(
+                f"{source}: the weights are for images of 3 channels and these have 1; set "
+                "data.channels=3, which repeats grey images"
+            )
         else:
             raise InputError(
                 f"{source}: tensor '{name}' has shape {tensors[name].shape}, which does not fit "
@@ -143,7 +148,7 @@ def save(
       model: the module that the variables are of.
       variables: {"params": ..., "batch_stats": ...}, arrays on the host.
       layout: `torchvision`, names and forms that `load_state_dict` takes; `flaxcls`, our own, as in
-        `params/trunk/conv1_1/kernel`; `auto`, torchvision's where it has such a network.
+        `params/trunk/conv1_1/kernel`; `auto`, torchvision's where it has the whole network.
       about: what the file's metadata say besides the format's version, under `flaxcls`, as JSON.
 
     Raises:
@@ -151,6 +156,8 @@ def save(
     """
     ours = flatten_dict(dict(variables))
     known = None if layout == "flaxcls" else layout_of(model)
+    if known is not None and not set(ours) <= {entry.path for entry in known.entries}:
+        known = None  # heads that torchvision's network does not have must not be lost
     if known is None and layout == "torchvision":
         raise InputError(
             f"torchvision has no network like this {type(model).__name__}; save it with "
