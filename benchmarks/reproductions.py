@@ -193,7 +193,8 @@ def table(name: str, result: dict[str, Any]) -> str:
             for r in runs
         ),
         "",
-        f"Mean {100 * result['mean']:.2f} %, standard deviation {100 * result['std']:.2f} points"
+        f"Mean {100 * result['mean']:.2f} %"
+        + (f", standard deviation {100 * result['std']:.2f} points" if len(runs) > 1 else "")
         + (f" (published: {100 * published:.2f} %)." if published else "."),
         "",
         f"![curves]({name}.png)",

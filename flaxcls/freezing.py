@@ -83,11 +83,12 @@ def frozen_statistics(selection: Selection) -> Iterator[None]:
 
     def intercept(function, arguments, options, context):
         module = context.module
-        if not isinstance(module, ops.BatchNorm) or context.method_name != "__call__":
+        norms = (ops.BatchNorm, nn.BatchNorm)
+        if not isinstance(module, norms) or context.method_name != "__call__":
             return function(*arguments, **options)
         if not selection.freezes("/".join((*module.path, "scale"))):
             return function(*arguments, **options)
-        return function(arguments[0], use_running_average=True)
+        return function(arguments[0], **options | {"use_running_average": True})
 
     if selection == EVERYTHING:
         yield

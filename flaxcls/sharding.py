@@ -39,11 +39,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharded(mesh: Mesh) -> NamedSharding:
-    """The first dimension is shared out over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-
-
 def state_shardings(abstract_state: Any, mesh: Mesh, *, shard_params: bool) -> Any:
     """Returns a sharding for each leaf of a train state.
 

@@ -22,7 +22,7 @@ from flaxcls.data.dataset import class_counts
 from flaxcls.data.loader import DeviceIterator
 from flaxcls.errors import InputError, another_workdir, out_of_memory
 from flaxcls.evaluate import Evaluator
-from flaxcls.experiment import Experiment, for_training, with_weights
+from flaxcls.experiment import Experiment, for_training, imported_weights
 from flaxcls.history import Record, best_record, metric_mode, should_stop
 from flaxcls.optimizers import plateau_scale
 from flaxcls.progress import Progress
@@ -151,7 +151,7 @@ def introduce(
 ) -> None:
     """Says what is about to be trained, on what, and what was done about `memory`."""
     config, dataset = experiment.config, experiment.data.dataset
-    for note in (*notes, *experiment.data.notes, *experiment.notes):
+    for note in (*notes, *experiment.data.notes):
         progress.note(note)
     order = experiment.order
     dropped = order.size % order.batch_size
@@ -244,17 +244,19 @@ class Loop:
 
     def _take_weights(self) -> None:
         """Puts imported weights in the place of those that were drawn."""
-        imported = self.experiment.weights
-        if imported is None:
-            imported = with_weights(self.experiment)[0].weights
-        if imported is None:
+        found = imported_weights(self.config, self.experiment.recipe)
+        if found is None:
             return
+        imported, report = found
+        self.progress.note(str(report))
 
         def taken(new: Any, drawn: jax.Array) -> jax.Array:
             if not isinstance(new, np.ndarray):
                 return drawn
             # Not the array's own memory: the step overwrites its state.
-            return jax.device_put(new, drawn.sharding, may_alias=False)
+            return jax.make_array_from_callback(
+                new.shape, drawn.sharding, lambda index: new[index].copy()
+            )
 
         def replaced(drawn: Any) -> Any:
             return jax.tree.map(taken, {name: imported[name] for name in drawn}, drawn)

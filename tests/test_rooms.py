@@ -59,7 +59,7 @@ LIBRARIES = {
     "matplotlib": {"analysis.plots", "analysis"},
     "ml_collections": {"config", "experiment", "results", "train", "analysis", "deploy", "main"},
     "orbax": {"checkpoint"},
-    "rich": {"data", "progress", "analysis"},
+    "rich": {"progress", "analysis"},
     "safetensors": {"pretrained"},
     "sklearn": {"data", "analysis"},
     "tensorboardX": {"runlog"},

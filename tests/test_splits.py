@@ -2,11 +2,9 @@
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from flaxcls.data.dataset import Dataset, Split, class_counts, fingerprint, with_parents
 from flaxcls.data.splits import (
-    class_table,
     draw_classes,
     draw_order,
     per_class_count,
@@ -260,34 +258,3 @@ def test_fingerprint_of_files_goes_by_name_and_size_not_by_place(tmp_path):
     file.unlink()
     with pytest.raises(InputError, match=r"a\.jpg' is gone"):
         fingerprint(Dataset("files", ("a",), {"train": split}))
-
-
-def shown(table) -> str:
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
-
-
-def test_class_table_counts_every_class_and_split():
-    dataset = split_dataset(collection([1200, 30]), val_fraction=0.5)
-    text = shown(class_table(dataset))
-    for words in ("class", "train", "val", "a ", "600", "15", "all", "615"):
-        assert words in text
-
-
-def test_class_table_of_many_classes_shows_both_ends():
-    counts = list(range(10, 60))
-    labels = np.repeat(np.arange(50), counts).astype(np.int32)
-    split = Split(np.zeros((len(labels), 1, 1, 1), np.uint8), labels)
-    dataset = Dataset("many", tuple(f"c{i:02}" for i in range(50)), {"train": split})
-    text = shown(class_table(dataset, max_rows=10))
-    assert "... 40 classes between" in text
-    assert [c in text for c in ("c49", "c45", "c44", "c05", "c04", "c00")] == [
-        True,
-        True,
-        False,
-        False,
-        True,
-        True,
-    ]

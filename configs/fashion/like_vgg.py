@@ -1,8 +1,8 @@
 """Fashion-MNIST with like_vgg and the four losses and optimizers of quickdraw/like_vgg.
 
 The text after the colon is adam, focal, rmsprop or adamw. Split, epochs, schedule and the rule
-that picks the epoch are those of fashion_net0; the batch is 256 and the learning rate 1e-3, as
-published.
+that picks the epoch are those of fashion_net0; the batch is 256, and the learning rate
+1e-3 as published for batches of 64 sketches.
 
     python -m flaxcls.main --config=fashion/like_vgg:adamw --config.data.path=DIR
 """

@@ -29,7 +29,7 @@ from flaxcls.analysis.plots import plot_side_by_side, save
 from flaxcls.errors import InputError
 from flaxcls.history import percent
 from flaxcls.progress import duration, make_console, show
-from flaxcls.results import read_summary
+from flaxcls.results import read_description, read_summary
 
 # Keys in which the runs of one group may differ: the seed, and what changes no result.
 FREE = (*config_module.MAY_CHANGE, "seed", "eval", "data.prefetch")
@@ -57,12 +57,15 @@ class Run:
       name: its path from the folder that holds all runs compared.
       keys: its config by dotted key.
       summary: its `summary.json`.
+      classes: the names of its classes and the number of training images in all; () where the
+        classes are drawn with the seed.
     """
 
     folder: Path
     name: str
     keys: dict[str, Any]
     summary: dict[str, Any]
+    classes: tuple[Any, ...] = ()
 
     def measured(self, measure: str) -> float:
         """One of `MEASURES`, NaN where the run does not have it."""
@@ -199,18 +202,22 @@ def read_run(folder: Path, parent: Path) -> Run:
     """
     config, _ = config_module.resolve(config_module.load(folder / "config.json"))
     name = os.path.relpath(folder, parent)
-    return Run(folder, name, config_module.flatten(config), read_summary(folder))
+    classes: tuple[Any, ...] = ()
+    if not config.data.num_classes_drawn and (folder / "preprocess.json").is_file():
+        described = read_description(folder)
+        classes = (*described["class_names"], sum(described["class_counts"]))
+    return Run(folder, name, config_module.flatten(config), read_summary(folder), classes)
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
     """Puts runs of one config but for `FREE` together; the best validation accuracy comes first.
 
-    Models of one config differ where their data have other classes: so their size counts too.
+    One config may have been run on other data: so the classes and the model's size count too.
     """
     members: dict[Any, list[Run]] = {}
     for run in runs:
         kept = tuple((key, value) for key, value in sorted(run.keys.items()) if not _is_free(key))
-        members.setdefault((kept, run.summary["params"]), []).append(run)
+        members.setdefault((kept, run.summary["params"], run.classes), []).append(run)
     groups = [Group(tuple(sorted(some, key=_seed_and_name))) for some in members.values()]
     return sorted(groups, key=_worst_last)
 

@@ -23,12 +23,14 @@ from flaxcls.results import read_description
 FREE = (
     "data.source",
     "data.name",
+    "data.label_pattern",
     "data.on_bad",
     "data.prefetch",
     "eval.top_k",
     "train.epochs",
 )
-
+# Of `data`: they say whether the data may be others than the run's.
+OTHER_DATA = ("source", "path", "name", "label_pattern")
 
 # Seconds until each next attempt to read a checkpoint, which a run that trains may be removing.
 PAUSES = (0.0, 0.2, 1.0, None)
@@ -59,7 +61,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
             f"{workdir} was trained with another config ({'; '.join(differing)}); leave out "
             "--config and these keys to evaluate it as it was trained"
         )
-    other_data = any(stored.data[key] != config.data[key] for key in ("source", "path", "name"))
+    other_data = any(stored.data[key] != config.data[key] for key in OTHER_DATA)
     experiment = for_evaluation(config, read_description(workdir), other_data=other_data)
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = restore(checkpoints, experiment)

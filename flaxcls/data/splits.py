@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from rich.table import Table
 
-from flaxcls.data.dataset import SPLITS, Dataset, Split, class_counts, named
+from flaxcls.data.dataset import SPLITS, Dataset, Split, named
 from flaxcls.errors import InputError
 
 MODES = ("auto", "own", "drawn")
@@ -98,32 +97,6 @@ def split_dataset(
     _check_all_train(dataset, parts["train"], pool)
     splits |= parts
     return replace(dataset, splits={key: splits[key] for key in SPLITS if key in splits})
-
-
-def class_table(dataset: Dataset, max_rows: int = 30) -> Table:
-    """Return the number of examples a class and split as a rich Table.
-
-    With more than max_rows classes, those with the most and the fewest training examples are shown.
-    """
-    counts = class_counts(dataset)
-    order = np.arange(len(dataset.class_names))
-    if len(order) > max_rows:
-        order = np.argsort(-counts[next(iter(counts))], kind="stable")
-    table = Table(title=f"{dataset.name}: images a class")
-    table.add_column("class")
-    for key in counts:
-        table.add_column(key, justify="right")
-    hidden = max(0, len(order) - max_rows)
-    half = len(order) if not hidden else (max_rows + 1) // 2
-    for rank, label in enumerate(order.tolist()):
-        if rank == half:
-            table.add_row(f"... {hidden} classes between", *("" for _ in counts))
-        if rank < half or rank >= half + hidden:
-            name = dataset.class_names[label]
-            table.add_row(name, *(f"{counts[key][label]:,}" for key in counts))
-    table.add_section()
-    table.add_row("all", *(f"{counts[key].sum():,}" for key in counts))
-    return table
 
 
 def _check(

@@ -4,9 +4,9 @@ from flaxcls.experiment.build import (
     Experiment,
     for_evaluation,
     for_training,
+    imported_weights,
     read_dataset,
     untrained_model,
-    with_weights,
 )
 from flaxcls.experiment.placement import Data, image_spec, stored_images
 
@@ -16,8 +16,8 @@ __all__ = [
     "for_evaluation",
     "for_training",
     "image_spec",
+    "imported_weights",
     "read_dataset",
     "stored_images",
     "untrained_model",
-    "with_weights",
 ]

@@ -1,6 +1,7 @@
 """A config turned into the objects that it names: data, model, recipe, mesh and state."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,6 @@ class Experiment:
       order: the examples of each training step.
       evaluated: in evaluation, the name of what is evaluated: a split, or
         DATASET-FINGERPRINT-SPLIT of other data than the run's.
-      weights: {"params", "batch_stats"} that training starts from, in which what is imported is
-        arrays and all else shapes; None where nothing is imported, or the run goes on.
-      notes: sentences for the log.
     """
 
     config: ConfigDict
@@ -59,17 +57,10 @@ class Experiment:
     recipe: Recipe
     order: loader.TrainOrder
     evaluated: str = ""
-    weights: Any = None
-    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
         return self.recipe.num_classes
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        p = self.recipe.preprocess
-        return (p.size, p.size, p.channels)
 
     @property
     def eval_batch_size(self) -> int:
@@ -89,16 +80,7 @@ class Experiment:
         return "val/accuracy" if "val" in self.data.dataset.splits else "train/loss"
 
     def create_state(self) -> TrainState:
-        return create_state(
-            self.recipe.model,
-            self.recipe.optimizer,
-            self.image_shape,
-            seed=self.config.seed,
-            ema=self.config.optimizer.ema_decay > 0,
-            plateau=self.config.schedule.name == "plateau",
-            dtype=self.recipe.dtype,
-            selection=self.recipe.selection,
-        )
+        return new_state(self.config, self.recipe)
 
     def state_sharding(self) -> Any:
         shapes = jax.eval_shape(self.create_state)
@@ -145,27 +127,52 @@ def for_training(config: ConfigDict, earlier: dict[str, Any] | None = None) -> E
     recipe = create_recipe(config, augmentation, dataset, counts, order)  # before images are read
     if earlier is not None and earlier["fingerprint"] != fingerprint(dataset):
         earlier = None
+    check_model(config, recipe)
+    imported = imported_weights(config, recipe) if earlier is None else None
     data = place(config, dataset, mesh, augmentation, earlier["placement"] if earlier else None)
-    experiment = _checked(Experiment(config, data, mesh, recipe, order))
     if earlier is not None:
         mean, std = tuple(earlier["mean"]), tuple(earlier["std"])
     else:
-        experiment, published = with_weights(experiment)
+        published = imported[1].normalization if imported else None
         mean, std = normalization(config, data.feeds["train"], published)
     preprocess = dataclasses.replace(recipe.preprocess, mean=mean, std=std)
-    return dataclasses.replace(experiment, recipe=recipe._replace(preprocess=preprocess))
+    return Experiment(config, data, mesh, recipe._replace(preprocess=preprocess), order)
 
 
-def with_weights(experiment: Experiment) -> tuple[Experiment, pretrained.Normalization | None]:
-    """Returns the experiment with the weights that it starts from, and what inputs they expect."""
-    source = weights_source(experiment.config)
+def new_state(config: ConfigDict, recipe: Recipe) -> TrainState:
+    """Draws the state that training starts from; to be called under `jax.jit` or `eval_shape`."""
+    p = recipe.preprocess
+    return create_state(
+        recipe.model,
+        recipe.optimizer,
+        (p.size, p.size, p.channels),
+        seed=config.seed,
+        ema=config.optimizer.ema_decay > 0,
+        plateau=config.schedule.name == "plateau",
+        dtype=recipe.dtype,
+        selection=recipe.selection,
+    )
+
+
+def imported_weights(
+    config: ConfigDict, recipe: Recipe
+) -> tuple[dict[str, Any], pretrained.Report] | None:
+    """Returns the weights that training starts from and a report, or None where they are drawn.
+
+    They are {"params", "batch_stats"}, in which what is imported is arrays and all else shapes.
+    """
+    source = weights_source(config)
     if source is None:
-        return experiment, None
-    shapes = jax.eval_shape(experiment.create_state)
+        return None
+    shapes = jax.eval_shape(partial(new_state, config, recipe))
     variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
-    loaded, report = pretrained.load(source, experiment.recipe.model, variables)
-    notes = (*experiment.notes, str(report))
-    return dataclasses.replace(experiment, weights=loaded, notes=notes), report.normalization
+    return pretrained.load(source, recipe.model, variables)
+
+
+def check_model(config: ConfigDict, recipe: Recipe) -> None:
+    """Traces the model once: an image too small for it, or a pattern in vain, is an error here."""
+    params = jax.eval_shape(partial(new_state, config, recipe)).params
+    check_patterns(params, recipe.selection, recipe.rates)
 
 
 def for_evaluation(
@@ -187,7 +194,6 @@ def for_evaluation(
     """
     mesh = create_mesh(config.mesh.devices)
     dataset, evaluated = _read_for_evaluation(config, trained, other_data)
-    data = place(config, dataset, mesh, Augmentation())
     counts = np.array(trained["class_counts"])
     order = loader.train_order(
         int(counts.sum()), config.train.batch_size, epochs=config.train.epochs, seed=config.seed
@@ -197,7 +203,9 @@ def for_evaluation(
         recipe.preprocess, mean=tuple(trained["mean"]), std=tuple(trained["std"])
     )
     recipe = recipe._replace(preprocess=preprocess)
-    return _checked(Experiment(config, data, mesh, recipe, order, evaluated))
+    check_model(config, recipe)
+    data = place(config, dataset, mesh, Augmentation())
+    return Experiment(config, data, mesh, recipe, order, evaluated)
 
 
 def untrained_model(config: ConfigDict) -> tuple[nn.Module, tuple[int, int, int, int]]:
@@ -211,13 +219,6 @@ def untrained_model(config: ConfigDict) -> tuple[nn.Module, tuple[int, int, int,
         config.model.name, len(dataset.class_names), **model_options(config, dataset)
     )
     return model, (1, config.data.image_size, config.data.image_size, config.data.channels)
-
-
-def _checked(experiment: Experiment) -> Experiment:
-    """Traces the model once: an image that is too small for it is an error here."""
-    params = jax.eval_shape(experiment.create_state).params
-    check_patterns(params, experiment.recipe.selection, experiment.recipe.rates)
-    return experiment
 
 
 def read_dataset(config: ConfigDict, known_classes: tuple[str, ...] = ()) -> Dataset:

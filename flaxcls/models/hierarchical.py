@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flaxcls.errors import InputError
 from flaxcls.models.layers import Layers
-from flaxcls.models.registry import create_model, register
+from flaxcls.models.registry import create_model, model_options, register
 
 
 class HierarchicalLogits(NamedTuple):
@@ -50,9 +51,15 @@ class Hierarchical(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> HierarchicalLogits | jax.Array:
         """images (N, H, W, C) -> `HierarchicalLogits`."""
         init = {} if self.initialisation is None else {"init": self.initialisation}
-        precision = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        wanted = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        precision = {k: v for k, v in wanted.items() if k in model_options(self.trunk)}
         trunk = create_model(self.trunk, 0, module_name="trunk", **init, **precision)
         features = trunk(images, train)
+        if features.shape[-1] == 0:
+            raise InputError(
+                f"model.trunk: {self.trunk} gives no features without its last layer; leave that "
+                "layer out where num_classes is 0, as layers.Layers.logits does"
+            )
         if self.num_classes == 0:
             return features
         layers = Layers(self.initialisation or "pytorch", self.dtype, self.param_dtype)

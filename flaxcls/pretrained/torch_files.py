@@ -6,6 +6,7 @@ knows the few names that a state dict of tensors consists of and refuses every o
 
 import collections
 import io
+import math
 import pickle
 import struct
 import zipfile
@@ -91,7 +92,9 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
     def persistent_load(self, reference: Any) -> _Storage:
-        kind, storage_type, key, _, size, *_ = reference
+        kind, storage_type, key, _, size, *view = reference
+        if any(part is not None for part in view):
+            raise ValueError("a storage is a view of another")
         if kind != "storage" or not isinstance(storage_type, _StorageType):
             raise ValueError(f"a reference of the unknown kind {kind!r}")
         return _Storage(str(key), storage_type.dtype, int(size))
@@ -135,6 +138,8 @@ def _read_zip(path: Path, source: str) -> tuple[Any, dict[str, bytes]]:
         pickled = next((n for n in names if n.endswith("/data.pkl") or n == "data.pkl"), None)
         if pickled is None:
             raise ValueError("the archive holds no data.pkl")
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("its members are compressed, which PyTorch's are not")
         root = pickled.removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
@@ -149,8 +154,10 @@ def _read_legacy(path: Path, source: str) -> tuple[Any, dict[str, bytes]]:
     with path.open("rb") as file:
         if _Unpickler(file, source).load() != _LEGACY_MAGIC:
             raise ValueError("it does not begin as one")
-        for _ in ("version", "machine"):
-            _Unpickler(file, source).load()
+        _Unpickler(file, source).load()  # the version of the format
+        machine = _Unpickler(file, source).load()
+        if not machine.get("little_endian", True):
+            raise ValueError("its numbers are big-endian")
         unpickler = _LegacyUnpickler(file, source)
         content = unpickler.load()
         storages = {}
@@ -195,6 +202,8 @@ def _array(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
         raise ValueError("a tensor has a negative size")
     if not empty and tensor.offset + reach >= storage.size:
         raise ValueError("a tensor reaches beyond its storage")
+    if math.prod(tensor.shape) > storage.size:
+        raise ValueError("a tensor is larger than its storage")
     if empty:
         return np.zeros(tensor.shape, storage.dtype)
     return np.lib.stride_tricks.as_strided(
