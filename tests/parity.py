@@ -43,7 +43,7 @@ def relative_error(ours, theirs):
 
 
 def logits_of(model, variables, images, train):
-    @partial(jax.jit, compiler_options=ops.compiler_options())
+    @quick_jit
     def run(variables, images):
         return model.apply(variables, images, train=train, mutable=["batch_stats"])
 

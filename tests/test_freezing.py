@@ -19,6 +19,9 @@ from flaxcls.optimizers import create_optimizer, create_schedule
 from flaxcls.state import create_state
 
 CLASSES = 4
+# Compiling takes longer than all steps that a test takes; without LLVM's optimisation, half of it.
+QUICK = {"xla_backend_optimization_level": 0}
+quick_jit = partial(jax.jit, compiler_options=ops.compiler_options() | QUICK)
 TRUNK = Selection(frozen=("trunk/*",))
 
 
@@ -66,7 +69,7 @@ def take_steps(recipe, count):
     """Returns the state before and after some steps, on the host."""
     state, counted = start(recipe), metrics.empty(CLASSES)
     before = jax.device_get(state)
-    run = jax.jit(partial(step.train_step, recipe), compiler_options=ops.compiler_options())
+    run = quick_jit(partial(step.train_step, recipe))
     for i in range(count):
         state, counted, _ = run(state, counted, batch(i))
     return before, jax.device_get(state)
