@@ -300,7 +300,7 @@ def shipped_configs() -> list[str]:
 def _missing_config(path: str) -> str:
     if Path(path).is_dir():
         return f"--config: {path!r} is a folder; give a config file"
-    remedy = did_you_mean(path, shipped_configs())
+    remedy = did_you_mean(_shipped_name(path), shipped_configs())
     return f"--config: no file {path!r}, and no config of that name comes with flaxcls; {remedy}"
 
 

@@ -317,8 +317,12 @@ def test_runs_without_curves_are_drawn(tmp_path):
     for i in range(2):
         (made_up(tmp_path / f"run{i}", model__dropout=0.1 * i) / "metrics.jsonl").unlink()
     made_up(tmp_path / "one", epochs=1)
-    compare_runs(f"{tmp_path}/*")
-    compare_runs(f"{tmp_path}/run*")
+    for pattern, groups in (("*", 3), ("run*", 2)):
+        compare_runs(f"{tmp_path}/{pattern}")
+        with open(tmp_path / "compare.csv", newline="") as file:
+            assert len(list(csv.DictReader(file))) == groups
+        with Image.open(tmp_path / "compare.png") as image:
+            assert len(image.convert("L").getcolors()) > 2, "nothing is drawn"
 
 
 # What is refused.
