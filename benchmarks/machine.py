@@ -16,6 +16,7 @@ def describe() -> dict[str, Any]:
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
+        "cores_used": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},

@@ -168,6 +168,12 @@ def parents(experiment: Experiment, summary: dict[str, Any], workdir: Path) -> d
     return found
 
 
+def cores(described: dict[str, Any]) -> str:
+    """Returns the cores that the runs had, which `taskset` may have made fewer than there are."""
+    there, used = described["cores"], described["cores_used"]
+    return f"{there} cores" if used == there else f"{used} of {there} cores"
+
+
 def table(name: str, result: dict[str, Any]) -> str:
     """Returns the result as a page of Markdown."""
     experiment, runs = result["experiment"], result["runs"]
@@ -178,7 +184,7 @@ def table(name: str, result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`",
         "",
-        f"{result['machine']['cpu']}, {result['machine']['cores']} cores, "
+        f"{result['machine']['cpu']}, {cores(result['machine'])}, "
         f"Python {result['machine']['python']}, JAX {result['machine']['jax']}. Epoch picked by: "
         f"{experiment['rule']}. Accuracy on: {experiment['split']}.",
         "",
