@@ -88,7 +88,15 @@ def frozen_statistics(selection: Selection) -> Iterator[None]:
             return function(*arguments, **options)
         if not selection.freezes("/".join((*module.path, "scale"))):
             return function(*arguments, **options)
-        return function(arguments[0], **options | {"use_running_average": True})
+        if getattr(module, "use_running_average", None) is None:
+            return function(arguments[0], **options | {"use_running_average": True})
+        # flax refuses an argument that was given as a field already.
+        given = module.use_running_average
+        object.__setattr__(module, "use_running_average", True)
+        try:
+            return function(*arguments, **options)
+        finally:
+            object.__setattr__(module, "use_running_average", given)
 
     if selection == EVERYTHING:
         yield

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxcls.freezing import EVERYTHING, Selection, partition
 
@@ -34,7 +35,8 @@ class TrainState(flax.struct.PyTreeNode):
       params: the parameters, frozen ones too.
       batch_stats: running statistics of BatchNorm; {} where the model has none.
       opt_state: the optimizer's, for the parameters that are trained.
-      ema: {"params", "batch_stats"} averaged over steps, or None.
+      ema: {"params", "batch_stats"} averaged over steps, of the parameters that are trained; or
+        None.
       learning_rate_scale: float32 (), what reduce-on-plateau has made of the schedule, or None.
     """
 
@@ -48,7 +50,8 @@ class TrainState(flax.struct.PyTreeNode):
     def variables(self) -> dict[str, Any]:
         """Returns what evaluation uses: the averaged variables where there are any."""
         if self.ema is not None:
-            return self.ema
+            averaged = flatten_dict(self.params) | flatten_dict(self.ema["params"])
+            return {"params": unflatten_dict(averaged), "batch_stats": self.ema["batch_stats"]}
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -78,12 +81,15 @@ def create_state(
     images = jnp.zeros((1, *image_shape), dtype)
     variables = model.init(stream_key(seed, Stream.INIT), images, train=False)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    trained, _ = partition(params, selection)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=optimizer.init(partition(params, selection)[0]),
+        opt_state=optimizer.init(trained),
         # A copy, since the step donates the state: one buffer cannot be given away twice.
-        ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None,
+        ema=jax.tree.map(jnp.copy, {"params": trained, "batch_stats": batch_stats})
+        if ema
+        else None,
         learning_rate_scale=jnp.ones((), jnp.float32) if plateau else None,
     )

@@ -207,7 +207,7 @@ def _apply_gradients(recipe: Recipe, state: TrainState, gradients, batch_stats) 
     if state.learning_rate_scale is not None:
         # Every optimizer here multiplies by the learning rate last, so scaling its update is exact.
         updates = jax.tree.map(lambda u: u * state.learning_rate_scale.astype(u.dtype), updates)
-    params = join(optax.apply_updates(trained, updates), frozen)
+    trained = optax.apply_updates(trained, updates)
     ema = state.ema
     if ema is not None:
         # The cap lets an average of few steps follow the parameters (TensorFlow's num_updates).
@@ -215,11 +215,11 @@ def _apply_gradients(recipe: Recipe, state: TrainState, gradients, batch_stats) 
         ema = jax.tree.map(
             lambda old, new: old + (1 - decay).astype(old.dtype) * (new - old),
             ema,
-            {"params": params, "batch_stats": batch_stats},
+            {"params": trained, "batch_stats": batch_stats},
         )
     return state.replace(
         step=state.step + 1,
-        params=params,
+        params=join(trained, frozen),
         batch_stats=batch_stats,
         opt_state=opt_state,
         ema=ema,

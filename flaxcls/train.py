@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -166,9 +167,11 @@ def introduce(
             f"data: {len(dataset.skipped)} unreadable files skipped: {', '.join(dataset.skipped)}"
         )
     devices = experiment.mesh.devices.flatten()
+    count, trained = experiment.count_parameters(), experiment.count_trained_parameters()
     progress.note(
-        f"model: {config.model.name}, {experiment.count_parameters():,} parameters, "
-        f"{config.precision}, on {len(devices)} x {devices[0].device_kind}"
+        f"model: {config.model.name}, {count:,} parameters"
+        + (f" ({trained:,} of them trained)" if trained < count else "")
+        + f", {config.precision}, on {len(devices)} x {devices[0].device_kind}"
         + (f"; {memory}" if memory else "")
     )
     counts = {key: value.tolist() for key, value in class_counts(dataset).items()}
@@ -258,8 +261,11 @@ class Loop:
                 new.shape, drawn.sharding, lambda index: new[index].copy()
             )
 
+        by_path = flatten_dict(imported, keep_empty_nodes=True)
+
         def replaced(drawn: Any) -> Any:
-            return jax.tree.map(taken, {name: imported[name] for name in drawn}, drawn)
+            leaves = flatten_dict(drawn, keep_empty_nodes=True)
+            return unflatten_dict({path: taken(by_path[path], d) for path, d in leaves.items()})
 
         state = self.state
         variables = replaced({"params": state.params, "batch_stats": state.batch_stats})

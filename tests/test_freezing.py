@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from flaxcls import metrics, models, ops, step
 from flaxcls.augment import Augmentation
 from flaxcls.batch import Batch, Preprocess
 from flaxcls.errors import InputError
-from flaxcls.freezing import Selection, check, join, partition
+from flaxcls.freezing import Selection, check, frozen_statistics, join, partition
 from flaxcls.losses import create_loss
 from flaxcls.optimizers import create_optimizer, create_schedule
 from flaxcls.state import create_state
@@ -81,8 +82,11 @@ def test_frozen_parameters_and_statistics_are_bitwise_unchanged_after_20_steps(c
     jax.tree.map(np.testing.assert_array_equal, after.params["trunk"], before.params["trunk"])
     jax.tree.map(np.testing.assert_array_equal, after.batch_stats, before.batch_stats)
     if changes:
-        jax.tree.map(np.testing.assert_array_equal, after.ema["params"]["trunk"],
-                     before.params["trunk"])  # fmt: skip
+        # Its average would be itself, and is not kept beside it.
+        assert set(after.ema["params"]) == {"dense1", "head"}
+        averaged = after.variables()["params"]
+        jax.tree.map(np.testing.assert_array_equal, averaged["trunk"], before.params["trunk"])
+        np.testing.assert_array_equal(averaged["head"]["bias"], after.ema["params"]["head"]["bias"])
     for layer in ("dense1", "head"):
         for leaf in ("kernel", "bias"):
             assert np.any(after.params[layer][leaf] != before.params[layer][leaf]), (layer, leaf)
@@ -133,6 +137,24 @@ def test_a_frozen_batch_norm_normalises_by_its_running_statistics():
         recipe, state.params, state.batch_stats, examples, jax.random.key(1)
     )
     np.testing.assert_allclose(logits, evaluated, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("as_field", [True, False])
+def test_a_frozen_batch_norm_of_flax_keeps_its_statistics_however_it_is_called(as_field):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, images, train):
+            here, there = ({"use_running_average": not train}, {})[:: 1 if as_field else -1]
+            return nn.BatchNorm(**here)(images, **there), nn.BatchNorm(**here)(images, **there)
+
+    images = jax.random.normal(jax.random.key(0), (8, 4, 4, 3)) + 1
+    variables = Model().init(jax.random.key(1), images, train=False)
+    with frozen_statistics(Selection(frozen=("BatchNorm_0/*",))):
+        (kept, moved), new = Model().apply(variables, images, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(kept, images, rtol=1e-4)
+    assert abs(moved.mean()) < 1e-5
+    assert not new["batch_stats"]["BatchNorm_0"]["mean"].any()
+    assert new["batch_stats"]["BatchNorm_1"]["mean"].all()
 
 
 def test_groups_learn_at_their_own_rate():

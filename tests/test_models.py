@@ -329,6 +329,18 @@ def test_hierarchical_logits_are_named():
     assert output.parent.shape == (2, 3)
 
 
+def test_a_hierarchical_model_takes_the_options_of_its_trunk():
+    options = {"trunk": "vgg11", "batch_norm": False, "head_width": 32, "num_parents": 3}
+    model = models.create_model("hierarchical", 7, **options)
+    params = abstract_variables(model, 1, 32, 32, 3)["params"]
+    assert "norm1_1" not in params["trunk"]["trunk"]
+    assert params["own"]["kernel"].shape == (32, 512)
+    with pytest.raises(InputError, match=r"model\.head_width: 0 is not possible"):
+        models.create_model("hierarchical", 7, trunk="vgg11", head_width=0)
+    with pytest.raises(InputError, match=r"model\.batch_norm: hierarchical_resnet18 has no such"):
+        models.create_model("hierarchical_resnet18", 7, batch_norm=False)
+
+
 def test_a_trunk_without_a_map_is_refused():
     with pytest.raises(InputError, match="attention_cnn has no final feature map"):
         abstract_variables(

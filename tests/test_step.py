@@ -227,7 +227,7 @@ def test_the_average_of_the_parameters_is_that_of_numpy():
         now = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
         average = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, average, now)
         assert_trees_close(state.ema, average, rtol=1e-5, atol=1e-6)
-    assert state.variables() is state.ema
+    assert_trees_close(state.variables(), state.ema, rtol=0, atol=0)
     assert (
         np.abs(average["params"]["head"]["kernel"] - now["params"]["head"]["kernel"]).max() > 0.01
     )

@@ -1,6 +1,7 @@
 """A config turned into the objects that it names: data, model, recipe, mesh and state."""
 
 import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from flaxcls.experiment.recipe import (
     weights_source,
 )
 from flaxcls.freezing import check as check_patterns
+from flaxcls.freezing import partition
 from flaxcls.losses import parts_of
 from flaxcls.models import create_model
 from flaxcls.sharding import create_mesh, replicated, state_shardings
@@ -98,8 +100,15 @@ class Experiment:
         return abstract(jax.eval_shape(self.empty_metrics), replicated(self.mesh))
 
     def count_parameters(self) -> int:
+        return _count(jax.eval_shape(self.create_state).params)
+
+    def count_trained_parameters(self) -> int:
         params = jax.eval_shape(self.create_state).params
-        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+        return _count(partition(params, self.recipe.selection)[0])
+
+
+def _count(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def for_training(config: ConfigDict, earlier: dict[str, Any] | None = None) -> Experiment:

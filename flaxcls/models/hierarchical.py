@@ -1,11 +1,13 @@
 """Two heads on one trunk: the class of an image, and the parent of its class."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from flaxcls.errors import InputError
 from flaxcls.models.layers import Layers
@@ -34,6 +36,7 @@ class Hierarchical(nn.Module):
       num_classes: K; with 0 the output are the trunk's features.
       trunk: a model's name.
       num_parents: P.
+      trunk_options: the trunk's own options, which `create_model` takes as if they were this one's.
       initialisation: the option `init`: where the weights start, one of `layers.INIT_CHOICES`;
         None: the trunk as by its default, the heads as `pytorch`.
       dtype: dtype of the computation; None: what images and parameters promote to.
@@ -43,6 +46,7 @@ class Hierarchical(nn.Module):
     num_classes: int
     trunk: str = "resnet18"
     num_parents: int = 2
+    trunk_options: Mapping[str, Any] = FrozenDict()
     initialisation: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -53,7 +57,9 @@ class Hierarchical(nn.Module):
         init = {} if self.initialisation is None else {"init": self.initialisation}
         wanted = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         precision = {k: v for k, v in wanted.items() if k in model_options(self.trunk)}
-        trunk = create_model(self.trunk, 0, module_name="trunk", **init, **precision)
+        trunk = create_model(
+            self.trunk, 0, module_name="trunk", **init, **precision, **self.trunk_options
+        )
         features = trunk(images, train)
         if features.shape[-1] == 0:
             raise InputError(

@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 registry: dict[str, Entry] = {}
 
 # Fields of every module that are no options.
-_NO_OPTIONS = {"num_classes", "parent", "name"}
+_NO_OPTIONS = {"num_classes", "parent", "name", "trunk_options"}
 
 
 def register(
@@ -45,7 +45,8 @@ def register(
     Args:
       name: as `create_model` takes it.
       factory: a module class, or a `functools.partial` of one, whose fields are `num_classes` and
-        the options with their defaults; the option `init` is the field `initialisation`.
+        the options with their defaults; the option `init` is the field `initialisation`. One with
+        the field `trunk_options` takes the options of the model that `trunk` names, too.
       trunk: a module class, or a partial of one, with the field `layers`, if there is a final map.
       rules: what the values of options may be that neither `options.COMMON` nor their type tells.
     """
@@ -82,7 +83,8 @@ def create_model(
       num_classes: classes; 0 gives the network without its last layer, whose output are the
         features that this layer sees, (N, F).
       module_name: its name as a part of another module.
-      **options: those of `model_options(name)`; dtypes may be given by name.
+      **options: those of `model_options(name)`, and of a hierarchical model those of its trunk;
+        dtypes may be given by name.
 
     Returns:
       A module: `model.apply(variables, images, train=bool)` maps float images (N, H, W, C) to
@@ -92,12 +94,20 @@ def create_model(
       InputError: the model, an option or its value is unknown or impossible.
     """
     known = model_options(name)
+    entry = registry[name]
+    fields = inspect.signature(entry.factory).parameters
+    of_trunk = {}
+    if "trunk_options" in fields:
+        trunk = options.get("trunk", fields["trunk"].default)
+        taken = model_options(trunk)
+        of_trunk = {o: v for o, v in options.items() if o in taken and o not in known}
+        create_model(trunk, 0, **of_trunk)  # checks them now, not when the model is first called
+        options = {o: v for o, v in options.items() if o not in of_trunk}
     for option in options:
         if option not in known:
             raise InputError(
                 f"model.{option}: {name} has no such option; it takes {', '.join(_shown(known))}"
             )
-    entry = registry[name]
     checked = {
         option: check_dtype(option, value)
         if option in ("dtype", "param_dtype")
@@ -109,6 +119,8 @@ def create_model(
         checked["initialisation"] = checked.pop("init")
     if num_classes != 0 or isinstance(num_classes, bool):
         check("num_classes", num_classes, COMMON["num_classes"])
+    if of_trunk:
+        checked["trunk_options"] = of_trunk
     return entry.factory(num_classes=num_classes, name=module_name, **checked)
 
 
