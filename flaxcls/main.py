@@ -318,6 +318,7 @@ def _start_jax(config: ConfigDict, given: argparse.Namespace) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
+    ops.keep_compiled_programs()
     _join_processes(jax, given)
     ops.set_backend(config.ops.backend)
 

@@ -13,6 +13,7 @@ from flaxcls.ops.backend import (
     set_backend,
     use_backend,
 )
+from flaxcls.ops.cache import keep_compiled_programs
 from flaxcls.ops.conv import Conv, convolve
 from flaxcls.ops.norm import BatchNorm
 from flaxcls.ops.pool import adaptive_avg_pool, avg_pool, max_pool
@@ -29,6 +30,7 @@ __all__ = [
     "backend",
     "compiler_options",
     "convolve",
+    "keep_compiled_programs",
     "max_pool",
     "prepare_process",
     "set_backend",
