@@ -35,6 +35,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from flaxcls.errors import InputError, another_workdir
 from flaxcls.history import SPLITS, Record, scalars
 
+_IMPORTED = time.monotonic()
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -320,6 +321,17 @@ def environment() -> dict[str, Any]:
             if name.startswith(("JAX_", "XLA_", "CUDA_VISIBLE", "TF_GPU", "LD_PRELOAD"))
         },
     }
+
+
+def seconds_since_start() -> float:
+    """Wall time of this process so far; where no system tells, since it imported this module."""
+    try:
+        # Fields after the command, which is in parentheses and may hold anything.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after the machine was started
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, ValueError, AttributeError):
+        return time.monotonic() - _IMPORTED
 
 
 def record_session(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from flaxcls import metrics, ops
+from flaxcls import metrics, ops, runlog
 from flaxcls.checkpoint import Checkpoints
 from flaxcls.data.dataset import class_counts
 from flaxcls.data.loader import DeviceIterator
@@ -309,7 +309,11 @@ class Loop:
             if first_call:
                 seconds = time.monotonic() - called
                 clock.began += seconds
-                self.progress.note(f"compiled the training step in {seconds:.1f} s")
+                jax.block_until_ready(totals)
+                self.progress.note(
+                    f"compiled the training step in {seconds:.1f} s; the first step ended "
+                    f"{runlog.seconds_since_start():.1f} s after the command"
+                )
             self.step += count
             self._keep_pace(totals)
             self._report(totals, self.step - (epoch - 1) * steps_per_epoch)

@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -245,3 +246,13 @@ def test_pixel_statistics_tell_drawings_from_photographs():
     assert json.dumps(stats)
     with pytest.raises(InputError):
         runlog.pixel_statistics(np.zeros((0, 8, 8, 1), np.uint8))
+
+
+def test_the_age_of_a_process_is_known():
+    program = (
+        "import time; time.sleep(0.5); from flaxcls import runlog; "
+        "print(runlog.seconds_since_start())"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert 0.5 <= float(done.stdout) <= time.monotonic() - began + 0.1
