@@ -32,6 +32,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from flaxcls.atomic_files import write_atomically
 from flaxcls.errors import InputError, another_workdir
 from flaxcls.history import SPLITS, Record, scalars
 
@@ -136,19 +137,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file that a reader finds either whole or as it was before, even after power loss."""
+    """Writes a file atomically, in a folder that is made where it is missing."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import SMALL, compiled_once, contents, run
+from full_disk import files_no_larger_than
 from PIL import Image
 
 import flaxcls
@@ -653,12 +653,8 @@ def test_a_disk_that_is_full_from_the_start_is_named(unfinished, tmp_path):
 
 def test_files_that_may_not_grow_stop_the_run_in_one_sentence(unfinished):
     saved = contents(unfinished / "checkpoints")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
+    with files_no_larger_than(50_000):
         sentence = run(*SMALL, f"--workdir={unfinished}").sentence
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.strerror(errno.EFBIG) in sentence
     assert saved.items() <= contents(unfinished / "checkpoints").items()
     assert run(*SMALL, f"--workdir={unfinished}").code == 0

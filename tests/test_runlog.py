@@ -1,10 +1,8 @@
 """The run folder: its lock, its files under faults, and what they say."""
 
-import contextlib
 import json
 import math
 import os
-import resource
 import signal
 import socket
 import struct
@@ -16,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import files_no_larger_than
 from tensorboardX.proto.event_pb2 import Event
 
 from flaxcls import runlog
@@ -32,17 +31,6 @@ if child == 0:
 print(child, flush=True)
 time.sleep(60)
 """
-
-
-@contextlib.contextmanager
-def files_no_larger_than(size):
-    """Makes the kernel refuse larger files, as a full disk does in the middle of a write."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def record(epoch, split="train", **values):

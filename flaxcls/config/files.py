@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from flaxcls.atomic_files import write_atomically
 from flaxcls.config.checks import KINDS, check_tree
 from flaxcls.config.keys import default, flatten, key_types
 from flaxcls.errors import InputError, another_workdir, did_you_mean
@@ -32,12 +33,7 @@ LENGTH_FREE_SCHEDULES = ("constant", "step", "multi_step", "plateau")
 
 def save(config: ConfigDict, path: Path) -> None:
     """Writes the config as JSON, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load(path: Path) -> ConfigDict:

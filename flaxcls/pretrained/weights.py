@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from flaxcls.atomic_files import write_atomically
 from flaxcls.errors import InputError
 from flaxcls.pretrained import torch_files
 from flaxcls.pretrained.layouts import Entry, is_head, layout_of, to_ours, to_theirs
@@ -173,11 +174,7 @@ def save(
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     # One entry, since safetensors writes several in an order that changes from run to run.
     metadata = {"flaxcls": json.dumps({"format_version": FORMAT_VERSION, **(about or {})})}
-    content = safetensors.numpy.save(tensors, metadata)
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    beside.replace(path)
+    write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
 
 def _read(path_or_name: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
