@@ -1,6 +1,7 @@
 """What a run leaves in its folder, from its config to the predictions of its best checkpoint."""
 
 import contextlib
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -46,6 +47,16 @@ def _each(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and len(value) > 0 and all(map(is_one, value))
 
 
+def _is_origin(value: Any) -> bool:
+    """What `describe` writes of a `pretrained.Origin`, or None without one."""
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() == {"source", "commit", "sha256"}
+        and _is_text(value["source"])
+        and all(value[key] is None or _is_text(value[key]) for key in ("commit", "sha256"))
+    )
+
+
 # What is read again of `summary.json` and of `preprocess.json`, and what it must be.
 SUMMARY_KINDS = {
     "model": _is_text,
@@ -64,6 +75,7 @@ DESCRIPTION_KINDS = {
     "std": _each(runlog.is_number),
     "placement": _is_text,
     "fingerprint": _is_text,
+    "weights": _is_origin,
 }
 
 
@@ -279,7 +291,8 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"'{path}' has format {version}, and this version of flaxcls reads format "
             f"{FORMAT_VERSION}; use the version that wrote it"
         )
-    described = _read_with(path, DESCRIPTION_KINDS)
+    # The first runs of format 1 did not say what they started from.
+    described = _read_with(path, DESCRIPTION_KINDS, absent={"weights": None})
     counts, names = described["class_counts"], described["class_names"]
     if len(counts) != len(names):
         raise InputError(
@@ -296,9 +309,18 @@ def _check_names(config: ConfigDict) -> None:
         raise InputError(f"data.path: {path!r} does not exist; give the folder or file of the data")
 
 
-def _read_with(path: Path, kinds: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
-    """Reads a JSON object that must hold these keys, with values of these kinds."""
+def _read_with(
+    path: Path,
+    kinds: Mapping[str, Callable[[Any], bool]],
+    absent: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Reads a JSON object that must hold these keys, with values of these kinds.
+
+    A key of `absent` may be missing, and then has the value there.
+    """
     content = runlog.read_json(path)
+    if isinstance(content, dict):
+        content = {**(absent or {}), **content}
     for key, is_kind in kinds.items():
         if not isinstance(content, dict) or key not in content:
             raise InputError(f"'{path}' holds no {key!r}; restore or remove it")
@@ -313,6 +335,7 @@ def _read_with(path: Path, kinds: Mapping[str, Callable[[Any], bool]]) -> dict[s
 def describe(experiment: Experiment, exemplars: np.ndarray) -> dict[str, Any]:
     """Returns `preprocess.json`: how an image becomes the model's input, and what classes mean.
 
+    It says, too, what weights training started from, which may have brought the normalisation.
     The pixels' statistics are those of all training images, or of the exemplars where the others
     stay in their files.
     """
@@ -335,6 +358,7 @@ def describe(experiment: Experiment, exemplars: np.ndarray) -> dict[str, Any]:
         "pixels": runlog.pixel_statistics(images),
         "placement": experiment.data.placement,
         "fingerprint": experiment.data.fingerprint,
+        "weights": dataclasses.asdict(experiment.weights) if experiment.weights else None,
     }
 
 

@@ -247,7 +247,7 @@ class Loop:
 
     def _take_weights(self) -> None:
         """Puts imported weights in the place of those that were drawn."""
-        found = imported_weights(self.config, self.experiment.recipe)
+        found = imported_weights(self.config, self.experiment.recipe, self.experiment.weights)
         if found is None:
             return
         imported, report = found

@@ -449,6 +449,7 @@ RECORD = '{"epoch": 1, "split": "train", "step": 8, "loss": 0.5, "f1": [1, 0]}\n
         ("preprocess.json", {"class_counts": [1, 2]}, "evaluate", "2 counts for 10 classes"),
         ("preprocess.json", {"mean": "abc"}, "evaluate", "preprocess.json': 'mean' is 'abc'"),
         ("preprocess.json", {"mean": ["abc"]}, "train", "preprocess.json': 'mean' is ['abc']"),
+        ("preprocess.json", {"weights": "w.pth"}, "train", "'weights' is 'w.pth'"),
         ("preprocess.json", '{"format_version": 99}', "evaluate", "preprocess.json' "),
     ],
 )

@@ -1,6 +1,7 @@
 """Runs that start from weights, freeze a part of them, or learn classes with their parents."""
 
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import safetensors.numpy
 from command_line import SMALL, compiled_once, run
 from flax.traverse_util import flatten_dict
 from small_experiments import lenet
+from small_hub import COMMITS, Hub, serve
 
 from flaxcls.checkpoint import Checkpoints
 from flaxcls.errors import InputError
@@ -85,6 +87,79 @@ def test_a_resumed_run_needs_its_weights_no_more(source, tmp_path):
     done = run(*arguments, "--config.train.epochs=3")
     assert done.code == 0, done.error
     assert "resumed: step 16" in done.output
+
+
+def weights_of(folder):
+    """What a run says that it started from."""
+    return json.loads((folder / "preprocess.json").read_text())["weights"]
+
+
+def forget_training(folder):
+    """Leaves what a run that was killed before its first checkpoint leaves."""
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints")
+
+
+def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(source, tmp_path, monkeypatch):
+    """Also where it is killed before its first checkpoint, or resumed without the hub."""
+    content = (source / "weights.safetensors").read_bytes()
+    config = json.dumps({"mean": [0.25], "std": [0.5]}).encode()
+    first = {"model.safetensors": content, "config.json": config}
+    hub, tuned = Hub({COMMITS[0]: first, COMMITS[1]: {}}), Path("tuned")
+    arguments = [*SMALL, "--config.model.pretrained=hf-hub:owner/name", f"--workdir={tuned}"]
+    arguments.append("--config.schedule.name=constant")
+    with serve(hub, monkeypatch, tmp_path / "cache"):
+        done = run(*arguments)
+        assert done.code == 0, done.error
+        assert hub.asked.count(("GET", "main", "model.safetensors")) == 1
+        assert f"weights: 8 arrays from hf-hub:owner/name (commit {COMMITS[0][:12]}" in done.output
+        began = {"source": "hf-hub:owner/name", "commit": COMMITS[0], "sha256": None}
+        assert weights_of(tuned) == began
+        trained = weights(tuned)
+
+        hub.asked.clear()
+        forget_training(tuned)
+        done = run(*arguments)
+        assert done.code == 0, done.error
+        assert hub.asked == []
+        assert weights_of(tuned) == began
+        for name, array in weights(tuned).items():
+            np.testing.assert_array_equal(array, trained[name])
+
+        shutil.rmtree(tmp_path / "cache")
+        done = run(*arguments, "--config.train.epochs=3")
+        assert done.code == 0, done.error
+        assert hub.asked == []
+        assert weights_of(tuned) == began
+
+
+def test_a_run_knows_the_file_that_it_began_with(source, tmp_path):
+    file, tuned = tmp_path / "w.safetensors", Path("tuned")
+    shutil.copy(source / "weights.safetensors", file)
+    arguments = (*SMALL, f"--config.model.pretrained={file}", f"--workdir={tuned}")
+    assert run(*arguments).code == 0
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert weights_of(tuned) == {"source": str(file), "commit": None, "sha256": digest}
+    assert weights_of(source) is None
+
+    forget_training(tuned)
+    shutil.copy(tuned / "weights.safetensors", file)
+    done = run(*arguments)
+    assert done.code == 2
+    assert f"flaxcls: '{file}' has SHA-256 " in done.error
+    assert f"the run began with SHA-256 {digest[:12]}; restore those weights" in done.error
+    assert weights_of(tuned)["sha256"] == digest
+
+
+def test_a_run_that_does_not_say_what_it_began_with_is_resumed(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "run")
+    described = json.loads((folder / "preprocess.json").read_text())
+    del described["weights"]
+    (folder / "preprocess.json").write_text(json.dumps(described))
+    (folder / "summary.json").unlink()
+    done = run(*SMALL, f"--workdir={folder}", "--config.normalize.name=imagenet")
+    assert done.code == 0, done.error
+    assert weights_of(folder) is None
 
 
 def test_an_explicit_normalisation_wins_over_the_weights(source):

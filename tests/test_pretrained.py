@@ -1,5 +1,6 @@
 """Weights of torchvision, timm and our own runs: equal logits, a report, and no trust in files."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
+from small_hub import COMMITS, Hub, serve
 
 from flaxcls import models, ops, pretrained
 from flaxcls.errors import InputError
@@ -199,10 +201,11 @@ def test_the_residual_cam_model_takes_all_of_vgg(tmp_path):
 
 def test_names_of_the_hub_come_from_its_cache(tmp_path, monkeypatch):
     """The cache as huggingface_hub lays it out; timm's config says the normalisation."""
-    snapshot = tmp_path / "models--timm--resnet18.tv_in1k" / "snapshots" / "abc"
+    commit = COMMITS[0]
+    snapshot = tmp_path / "models--timm--resnet18.tv_in1k" / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (tmp_path / "models--timm--resnet18.tv_in1k" / "refs").mkdir()
-    (tmp_path / "models--timm--resnet18.tv_in1k" / "refs" / "main").write_text("abc")
+    (tmp_path / "models--timm--resnet18.tv_in1k" / "refs" / "main").write_text(commit)
     twin = network("resnet18")
     write(twin, snapshot / "model.safetensors")
     config = {"architecture": "resnet18", "pretrained_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}}
@@ -213,10 +216,61 @@ def test_names_of_the_hub_come_from_its_cache(tmp_path, monkeypatch):
     loaded, report = pretrained.load("hf-hub:timm/resnet18.tv_in1k", model, variables)
     assert_same_logits(model, loaded, twin)
     assert report.normalization == ((0.4,) * 3, (0.2,) * 3)
+    assert report.origin == pretrained.Origin("hf-hub:timm/resnet18.tv_in1k", commit=commit)
+    assert f"arrays from hf-hub:timm/resnet18.tv_in1k (commit {commit[:12]})" in str(report)
     with pytest.raises(InputError, match=r"resnet50.tv_in1k is not in the cache and cannot be"):
         pretrained.load("hf-hub:timm/resnet50.tv_in1k", model, variables)
     with pytest.raises(InputError, match="is no name of the hub; write hf-hub:OWNER/NAME"):
         pretrained.load("hf-hub:a b/c/d", model, variables)
+
+
+def test_both_files_of_the_hub_are_of_one_commit_though_it_moves(tmp_path, monkeypatch):
+    """The hub's `main` moves after each file that is fetched."""
+    model, variables = model_and_variables("fashion_net1")
+    commits = {}
+    for number, commit in enumerate(COMMITS):
+        drawn = jax.tree.map(lambda leaf, value=number: np.full_like(leaf, value), variables)
+        pretrained.save(tmp_path / "w.safetensors", model, drawn)
+        config = json.dumps({"mean": [number / 10], "std": [0.3]}).encode()
+        content = (tmp_path / "w.safetensors").read_bytes()
+        commits[commit] = {"model.safetensors": content, "config.json": config}
+    hub, name = Hub(commits), "hf-hub:owner/name"
+    with serve(hub, monkeypatch, tmp_path / "cache"):
+        loaded, report = pretrained.load(name, model, variables)
+        assert report.origin.commit == COMMITS[0] != hub.main
+        assert loaded["params"]["head"]["bias"][0] == 0
+        assert report.normalization == ((0.0,), (0.3,))
+
+        hub.asked.clear()
+        _, again = pretrained.load(name, model, variables, expected=report.origin)
+        assert again == report
+        assert hub.asked == []
+
+        loaded, newer = pretrained.load(name, model, variables)
+        assert newer.origin.commit == COMMITS[1]
+        assert loaded["params"]["head"]["bias"][0] == 1
+        assert newer.normalization == ((0.1,), (0.3,))
+
+        gone = pretrained.Origin(name, commit="c" * 40)
+        with pytest.raises(InputError, match=f"@{gone.commit}'; start anew in another --workdir"):
+            pretrained.load(name, model, variables, expected=gone)
+        with pytest.raises(InputError, match="under 'hf-hub:owner/name@v9'; correct the name"):
+            pretrained.load(f"{name}@v9", model, variables)
+
+
+@pytest.mark.parametrize("file", ["w.safetensors", "w.pth"])
+def test_a_file_is_known_by_its_hash_and_another_is_not_what_was_expected(tmp_path, file):
+    path, arguments = tmp_path / file, model_and_variables("resnet18")
+    write(network("resnet18"), path)
+    _, report = pretrained.load(path, *arguments)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert report.origin == pretrained.Origin(str(path), sha256=digest)
+    assert f"arrays from '{path}' (SHA-256 {digest[:12]})" in str(report)
+    assert pretrained.load(path, *arguments, expected=report.origin)[1] == report
+
+    write(network("resnet18", num_classes=7), path)
+    with pytest.raises(InputError, match=f"the run began with SHA-256 {digest[:12]}; restore"):
+        pretrained.load(path, *arguments, expected=report.origin)
 
 
 class Malicious:

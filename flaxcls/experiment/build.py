@@ -49,6 +49,7 @@ class Experiment:
       mesh: the devices.
       recipe: what a step does.
       order: the examples of each training step.
+      weights: what training starts from; None where that is drawn, and in evaluation.
       evaluated: in evaluation, the name of what is evaluated: a split, or
         DATASET-FINGERPRINT-SPLIT of other data than the run's.
     """
@@ -58,6 +59,7 @@ class Experiment:
     mesh: Mesh
     recipe: Recipe
     order: loader.TrainOrder
+    weights: pretrained.Origin | None = None
     evaluated: str = ""
 
     @property
@@ -116,8 +118,9 @@ def for_training(config: ConfigDict, earlier: dict[str, Any] | None = None) -> E
 
     Args:
       config: resolved.
-      earlier: the `preprocess.json` of the run when it is resumed: its normalisation stays, and so
-        does a placement that was chosen automatically, which another moment's memory would change.
+      earlier: the `preprocess.json` of the run when it is resumed: its normalisation and the
+        version of its weights stay, and so does a placement that was chosen automatically, which
+        another moment's memory would change.
 
     Raises:
       InputError: something in the config or the data does not fit.
@@ -141,11 +144,13 @@ def for_training(config: ConfigDict, earlier: dict[str, Any] | None = None) -> E
     data = place(config, dataset, mesh, augmentation, earlier["placement"] if earlier else None)
     if earlier is not None:
         mean, std = tuple(earlier["mean"]), tuple(earlier["std"])
+        weights = pretrained.Origin(**earlier["weights"]) if earlier["weights"] else None
     else:
         published = imported[1].normalization if imported else None
         mean, std = normalization(config, data.feeds["train"], published)
+        weights = imported[1].origin if imported else None
     preprocess = dataclasses.replace(recipe.preprocess, mean=mean, std=std)
-    return Experiment(config, data, mesh, recipe._replace(preprocess=preprocess), order)
+    return Experiment(config, data, mesh, recipe._replace(preprocess=preprocess), order, weights)
 
 
 def new_state(config: ConfigDict, recipe: Recipe) -> TrainState:
@@ -164,18 +169,19 @@ def new_state(config: ConfigDict, recipe: Recipe) -> TrainState:
 
 
 def imported_weights(
-    config: ConfigDict, recipe: Recipe
+    config: ConfigDict, recipe: Recipe, expected: pretrained.Origin | None = None
 ) -> tuple[dict[str, Any], pretrained.Report] | None:
     """Returns the weights that training starts from and a report, or None where they are drawn.
 
     They are {"params", "batch_stats"}, in which what is imported is arrays and all else shapes.
+    `expected` is what the run began with, where that is known: other weights are an InputError.
     """
     source = weights_source(config)
     if source is None:
         return None
     shapes = jax.eval_shape(partial(new_state, config, recipe))
     variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
-    return pretrained.load(source, recipe.model, variables)
+    return pretrained.load(source, recipe.model, variables, expected=expected)
 
 
 def check_model(config: ConfigDict, recipe: Recipe) -> None:
@@ -214,7 +220,7 @@ def for_evaluation(
     recipe = recipe._replace(preprocess=preprocess)
     check_model(config, recipe)
     data = place(config, dataset, mesh, Augmentation())
-    return Experiment(config, data, mesh, recipe, order, evaluated)
+    return Experiment(config, data, mesh, recipe, order, evaluated=evaluated)
 
 
 def untrained_model(config: ConfigDict) -> tuple[nn.Module, tuple[int, int, int, int]]:

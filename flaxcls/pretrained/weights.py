@@ -1,6 +1,7 @@
 """Loads weights into a model's variables and says what became of each; saves them."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -32,11 +33,36 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """Which weights were loaded, to the bit.
+
+    Attributes:
+      source: the file or name, as it was given.
+      commit: of the hub's repository, 40 hexadecimal digits; None for a file.
+      sha256: of the file, 64 hexadecimal digits; None for a name of the hub.
+    """
+
+    source: str
+    commit: str | None = None
+    sha256: str | None = None
+
+    def __str__(self) -> str:
+        return f"'{self.source}'" if self.commit is None else self.source
+
+    @property
+    def version(self) -> str:
+        """The commit or the hash, in words and in short."""
+        if self.commit is not None:
+            return f"commit {self.commit[:12]}"
+        return f"SHA-256 {(self.sha256 or '')[:12]}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """What became of the arrays of a model and of a file.
 
     Attributes:
-      source: the file or name.
+      origin: the file or name, and its version.
       loaded: our arrays that came from the file, as `params/head/kernel`.
       initialised: our arrays that stayed as they were, each with the reason.
       unused: tensors of the file that the model has no place for.
@@ -44,14 +70,14 @@ class Report:
         number a channel each; None where nothing says so.
     """
 
-    source: str
+    origin: Origin
     loaded: tuple[str, ...]
     initialised: dict[str, str]
     unused: tuple[str, ...]
     normalization: Normalization | None
 
     def __str__(self) -> str:
-        text = f"weights: {len(self.loaded)} arrays from {self.source}"
+        text = f"weights: {len(self.loaded)} arrays from {self.origin} ({self.origin.version})"
         if self.initialised:
             reasons = [f"{name} ({reason})" for name, reason in self.initialised.items()]
             text += f"; left at initialisation: {_shortened(reasons)}"
@@ -61,25 +87,37 @@ class Report:
 
 
 def load(
-    path_or_name: str | os.PathLike[str], model: nn.Module, variables: Any
+    path_or_name: str | os.PathLike[str],
+    model: nn.Module,
+    variables: Any,
+    *,
+    expected: Origin | None = None,
 ) -> tuple[dict[str, Any], Report]:
     """Returns the variables with all that a file holds of them.
 
     Args:
       path_or_name: a `.safetensors` file, of ours or of torchvision's or timm's layout; a `.pth` or
         `.pt` file of PyTorch (nothing in it is run); or `hf-hub:OWNER/NAME` of the Hugging Face
-        hub, which is fetched once and cached.
+        hub, which is fetched once and cached, all of it from one commit: the newest of the
+        revision, or where the hub is out of reach, the last that was fetched.
       model: the module that the variables are of.
       variables: {"params", "batch_stats"}, arrays; what the file lacks stays as it is here.
+      expected: what was loaded before and is to be loaded again: of the hub, that commit.
 
     Returns:
       Variables of the same shapes and dtypes, NumPy where they were loaded, and a report.
 
     Raises:
       InputError: the file cannot be read, lacks a tensor, or has one of another shape; but a head
-        may be absent, or of another number of classes.
+        may be absent, or of another number of classes. Or the weights are not the expected ones.
     """
-    tensors, about, source = _read(str(path_or_name))
+    tensors, about, source = _read(str(path_or_name), expected)
+    digests = (source.commit, source.sha256)
+    if expected is not None and digests != (expected.commit, expected.sha256):
+        raise InputError(
+            f"{source} has {source.version}, and the run began with {expected.version}; restore "
+            "those weights, or start anew in another --workdir"
+        )
     ours = flatten_dict(dict(variables))
     native = any(name.startswith("params/") for name in tensors)
     layout = None if native else layout_of(model)
@@ -177,17 +215,19 @@ def save(
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
 
-def _read(path_or_name: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
-    """Returns tensors by name, what is said about them, and where they are from, in words."""
+def _read(
+    path_or_name: str, expected: Origin | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any], Origin]:
+    """Returns tensors by name, what is said about them, and where they are from."""
     if path_or_name.startswith(HUB):
-        tensors, _ = _read_safetensors(_fetch(path_or_name, "model.safetensors"))
-        return tensors, _timm_config(_fetch(path_or_name, "config.json")), path_or_name
+        weights, about, commit = _fetch_both(path_or_name, expected.commit if expected else None)
+        return _read_safetensors(weights)[0], _timm_config(about), Origin(path_or_name, commit)
     path = Path(path_or_name).expanduser()
     if path.suffix == ".safetensors":
-        tensors, about = _read_safetensors(path)
-        return tensors, about, f"'{path}'"
+        tensors, about_file = _read_safetensors(path)
+        return tensors, about_file, _origin_of_file(path_or_name, path)
     if path.suffix in (".pth", ".pt", ".bin"):
-        return torch_files.read(path), {}, f"'{path}'"
+        return torch_files.read(path), {}, _origin_of_file(path_or_name, path)
     raise InputError(
         f"model.pretrained: '{path}' ends in neither .safetensors, .pth nor .pt; give such a file, "
         f"or a name of the hub such as {HUB}timm/resnet18.tv_in1k"
@@ -214,9 +254,27 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
     return tensors, about
 
 
-def _fetch(name: str, file: str) -> Path:
-    """Returns the path of a file of the hub, fetched unless it is in the cache."""
+def _origin_of_file(name: str, path: Path) -> Origin:
+    with open(path, "rb") as file:
+        return Origin(name, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _fetch_both(name: str, commit: str | None) -> tuple[Path, Path, str]:
+    """Returns the paths of a name's weights and config.json, and the commit that both are of."""
+    weights = _fetch(name, "model.safetensors", commit)
+    # The cache holds each file as snapshots/COMMIT/FILE, whatever revision it was asked for by.
+    commit = weights.parent.name
+    return weights, _fetch(name, "config.json", commit), commit
+
+
+def _fetch(name: str, file: str, commit: str | None) -> Path:
+    """Returns the path of a file of the hub, fetched unless it is in the cache.
+
+    A `commit` takes the place of the name's revision.
+    """
     repository, _, revision = name.removeprefix(HUB).partition("@")
+    if commit is not None:
+        revision, name = commit, f"{HUB}{repository}@{commit}"
     try:
         return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None))
     except HFValidationError as error:
@@ -225,11 +283,13 @@ def _fetch(name: str, file: str) -> Path:
             f"{HUB}timm/resnet18.tv_in1k"
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-        if not isinstance(error, LocalEntryNotFoundError):
-            raise InputError(
-                f"model.pretrained: the hub has no {file!r} under {name!r}; correct the name"
-            ) from error
-        raise _unreachable(name, error) from error
+        if isinstance(error, LocalEntryNotFoundError):
+            raise _unreachable(name, error) from error
+        gone = commit is not None and isinstance(error, RevisionNotFoundError)
+        remedy = "start anew in another --workdir" if gone else "correct the name"
+        raise InputError(
+            f"model.pretrained: the hub has no {file!r} under {name!r}; {remedy}"
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         raise _unreachable(name, error) from error
 
@@ -258,7 +318,7 @@ def _normalization(about: dict[str, Any]) -> Normalization | None:
     return None
 
 
-def _missing(source: str, entry: Entry, tensors: dict[str, np.ndarray]) -> str:
+def _missing(source: Origin, entry: Entry, tensors: dict[str, np.ndarray]) -> str:
     held = ", ".join(list(tensors)[:4])
     return (
         f"{source}: there is no tensor '{entry.names[0]}' in it, which the model needs for "
