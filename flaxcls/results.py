@@ -20,6 +20,7 @@ from flaxcls.data.dataset import class_counts, fingerprint, named
 from flaxcls.data.load import check_run_folder
 from flaxcls.errors import InputError, another_workdir
 from flaxcls.evaluate import Evaluator, write_predictions
+from flaxcls.events import Events
 from flaxcls.experiment import Experiment, image_spec, read_dataset, stored_images
 from flaxcls.experiment.recipe import model_options
 from flaxcls.history import Record, summary
@@ -97,7 +98,7 @@ class RunFiles:
         self.writes = jax.process_index() == 0
         self._config = config
         self._lock = runlog.RunFolder(folder) if self.writes else contextlib.nullcontext()
-        self._events: runlog.Events | None = None
+        self._events: Events | None = None
         try:
             check_directory(folder / "checkpoints")
             self.finished_summary = self._compare(folder / "config.json")
@@ -183,7 +184,7 @@ class RunFiles:
         runlog.write_arrays(self.folder / "exemplars.npz", arrays)
         runlog.write_metrics(self.folder / "metrics.jsonl", history)
         if self._config.log.tensorboard:
-            self._events = runlog.Events(self.folder / "tensorboard", history)
+            self._events = Events(self.folder / "tensorboard", history)
 
     def add_records(self, records: list[Record]) -> None:
         if not self.writes:

@@ -28,13 +28,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from flaxcls.atomic_files import write_atomically
 from flaxcls.errors import InputError, another_workdir
-from flaxcls.history import SPLITS, Record, scalars
+from flaxcls.history import SPLITS, Record
 
 _IMPORTED = time.monotonic()
 PACKAGES = (
@@ -237,55 +234,6 @@ _RECORD_KINDS: dict[str, Callable[[Any], bool]] = {
     "step": is_count,
     "loss": lambda value: value is None or is_number(value),
 }
-
-
-class Events:
-    """TensorBoard events in a folder, always those of the history and no others.
-
-    Opening writes the whole history into a new file and then removes older ones, so that a resumed
-    run shows no step twice in any reader. Tags are `loss/train`, `accuracy/val`, ...; the
-    step is the record's. `add` after each record, `close` at the end.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], history: Iterable[Record] = ()):
-        self.folder = Path(folder)
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            older = list(self.folder.glob("events.out.tfevents.*"))
-            # Written in this thread: SummaryWriter's own dies on a full disk, and its queue then
-            # blocks the run for ever.
-            self._writer = EventsWriter(str(self.folder / "events"), f".{time.time_ns()}")
-            # Makes a TensorBoard that is open on the older files forget what they said.
-            start = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(wall_time=time.time(), step=0, session_log=start))
-            for record in history:
-                self._writer.write_event(_event(record))
-            self._writer.flush()
-            for file in older:
-                file.unlink(missing_ok=True)
-
-    def add(self, record: Record) -> None:
-        """Adds one record, on disk when this returns."""
-        with writing(self.folder):
-            self._writer.write_event(_event(record))
-            self._writer.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        with writing(self.folder):
-            self._writer.close()
-
-
-def _event(record: Record) -> Event:
-    values = dict(scalars(record))
-    for name in ("learning_rate", "images_per_second", "wait_share"):
-        if record.get(name) is not None:
-            values[name] = float(record[name])
-    tags = [
-        Summary.Value(tag=f"{name}/{record['split']}", simple_value=value)
-        for name, value in values.items()
-    ]
-    return Event(wall_time=time.time(), step=int(record["step"]), summary=Summary(value=tags))
 
 
 def environment() -> dict[str, Any]:

@@ -36,6 +36,7 @@ ROOMS = (
     "data",
     "checkpoint",
     "runlog",
+    "events",
     "progress",
     "analysis.plots",
     "experiment",
@@ -64,7 +65,7 @@ LIBRARIES = {
     "rich": {"progress", "analysis"},
     "safetensors": {"pretrained"},
     "sklearn": {"data", "analysis"},
-    "tensorboardX": {"runlog"},
+    "tensorboardX": {"events"},
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
 }
@@ -73,8 +74,8 @@ EVERYWHERE = {"flax", "jax", "ml_dtypes", "numpy", "optax"}
 # Where a module is chosen by name while the program runs: the mode, and the source of the data.
 CHOOSES_MODULES = {"__main__", "main", "data.load"}
 IMPORTERS = {"importlib.import_module", "import_module", "__import__"}
-# Imports inside a function that keep a heavy or optional dependency optional.
-OPTIONAL: set[tuple[str, str]] = set()
+# Imports inside a function: tensorboardX brings PyTorch, and is not needed before the first step.
+OPTIONAL = {("events", "tensorboardX")}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

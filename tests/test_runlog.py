@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from flaxcls import runlog
 from flaxcls.errors import InputError
+from flaxcls.events import Events
 
 HOLD = """
 import os, sys, time
@@ -125,7 +126,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
 
 
 def test_a_full_disk_stops_events_and_metrics_with_a_sentence(tmp_path):
-    events = runlog.Events(tmp_path / "events")
+    events = Events(tmp_path / "events")
     runlog.write_metrics(tmp_path / "metrics.jsonl", [record(1)])
     with files_no_larger_than(200):
         for _ in range(2):
@@ -162,11 +163,11 @@ def test_a_line_that_a_kill_cut_off_is_ignored_and_a_broken_one_named(tmp_path):
 
 def test_events_of_a_resumed_run_show_no_step_twice(tmp_path):
     history = [record(e, s, accuracy=0.5) for e in (1, 2, 3) for s in ("train", "val")]
-    events = runlog.Events(tmp_path)
+    events = Events(tmp_path)
     for item in history:
         events.add(item | {"learning_rate": 0.1} if item["split"] == "train" else item)
     # Killed here, the run resumes after epoch 2.
-    events = runlog.Events(tmp_path, history[:4])
+    events = Events(tmp_path, history[:4])
     events.add(history[4])
     found = events_in(tmp_path)
     assert sorted(step for step, tag, _ in found if tag == "loss/train") == [10, 20, 30]

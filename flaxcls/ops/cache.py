@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 
 _MOST_KEPT = 2**30  # bytes of compiled programs; the least recently used go first
 _SHORTEST_KEPT = 0.1  # seconds of compilation
@@ -27,7 +26,7 @@ def cache_folder(name: str) -> Path:
 
 def machine_key() -> str:
     """Changes with the CPU and with jaxlib: a home folder may be shared by several machines."""
-    return hashlib.sha256(f"{_cpu()}\n{jaxlib.__version__}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{_cpu()}\n{jax.lib.__version__}".encode()).hexdigest()[:12]
 
 
 def keep_compiled_programs() -> None:
