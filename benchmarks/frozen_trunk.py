@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     print(NOTE)
-    about = machine.describe()
+    about = machine.describe(machine.own_devices())
     row = measure(arguments.image_size, arguments.batch_size, arguments.rounds, arguments.steps)
     full, frozen = (statistics.median(row[f"{k}_seconds"]) for k in ("full", "frozen"))
     print(f"full step {full:.3f} s, frozen trunk {frozen:.3f} s: {row['ratio']:.3f} of it")

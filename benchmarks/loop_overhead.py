@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     print(NOTE)
-    about = machine.describe()
+    about = machine.describe(machine.own_devices())
     with tempfile.TemporaryDirectory() as temporary:
         noise = Path(temporary) / "noise.npz"
         if arguments.path is None:

@@ -1,16 +1,21 @@
 """What a benchmark ran on."""
 
+import collections
 import importlib.metadata
+import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
 
 
-def describe() -> dict[str, Any]:
-    """Returns processor, cores, load and versions."""
+def describe(devices: Sequence[str]) -> dict[str, Any]:
+    """Returns processor, cores, load, the devices given and versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
@@ -18,6 +23,39 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "cores_used": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
+        "devices": list(devices),
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
     }
+
+
+def own_devices() -> list[str]:
+    """Returns the kind of each device of this process, which takes the GPUs for it."""
+    return [device.device_kind for device in jax.devices()]
+
+
+def devices_of(workdir: Path) -> list[str]:
+    """Returns the kind of each device that a run used last, from its folder.
+
+    For benchmarks whose runs are processes of their own, and need the GPUs.
+    """
+    session = json.loads((workdir / "environment.json").read_text())["sessions"][-1]
+    return [device.partition(" ")[2] for device in session["devices"]]
+
+
+def sentence(described: dict[str, Any]) -> str:
+    """Returns what `describe` found in one line, without a full stop.
+
+    `taskset` may leave a process fewer cores than there are.
+    """
+    there, used = described["cores"], described["cores_used"]
+    counted = collections.Counter(kind for kind in described["devices"] if kind != "cpu")
+    return ", ".join(
+        [
+            *(f"{count} x {kind}" if count > 1 else kind for kind, count in counted.items()),
+            described["cpu"],
+            f"{there} cores" if used == there else f"{used} of {there} cores",
+            f"Python {described['python']}",
+            f"JAX {described['jax']}",
+        ]
+    )

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,15 @@ EXPERIMENTS = {
 }
 
 
-def run(experiment: Experiment, path: str | None, seed: int, workdir: Path) -> dict[str, Any]:
-    """Runs the main job once; returns accuracy, epochs and times in seconds."""
+def run(
+    experiment: Experiment, path: str | None, seed: int, workdir: Path, flags: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Runs the main job once, with more flags; returns accuracy, epochs and times in seconds."""
     command = [
         *(sys.executable, "-m", "flaxcls.main", f"--config={experiment.config}"),
         *(f"--workdir={workdir}", f"--config.seed={seed}"),
         *([f"--config.data.path={path}"] if path else []),
+        *flags,
     ]
     resumed = workdir.exists()
     began = time.monotonic()
@@ -168,12 +172,6 @@ def parents(experiment: Experiment, summary: dict[str, Any], workdir: Path) -> d
     return found
 
 
-def cores(described: dict[str, Any]) -> str:
-    """Returns the cores that the runs had, which `taskset` may have made fewer than there are."""
-    there, used = described["cores"], described["cores_used"]
-    return f"{there} cores" if used == there else f"{used} of {there} cores"
-
-
 def table(name: str, result: dict[str, Any]) -> str:
     """Returns the result as a page of Markdown."""
     experiment, runs = result["experiment"], result["runs"]
@@ -184,9 +182,8 @@ def table(name: str, result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`",
         "",
-        f"{result['machine']['cpu']}, {cores(result['machine'])}, "
-        f"Python {result['machine']['python']}, JAX {result['machine']['jax']}. Epoch picked by: "
-        f"{experiment['rule']}. Accuracy on: {experiment['split']}.",
+        f"{machine.sentence(result['machine'])}. Epoch picked by: {experiment['rule']}. "
+        f"Accuracy on: {experiment['split']}.",
         "",
         "| seed | accuracy | epoch | images/s | training | whole command |"
         + "".join(f" {key.replace('_', ' ')} |" for key in extra),
@@ -224,7 +221,7 @@ def main() -> None:
     result = {
         "command": f"python benchmarks/reproductions.py {arguments.name}{shown_path} "
         f"--seeds={arguments.seeds}",
-        "machine": machine.describe(),
+        "machine": machine.describe(machine.devices_of(folders[0])),
         "experiment": dataclasses.asdict(experiment),
         "runs": runs,
         "mean": statistics.mean(accuracies),
