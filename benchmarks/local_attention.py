@@ -7,9 +7,8 @@ At the sizes that batches of 8 photos of 224x224 have inside the networks, in fl
 
 - Local attention: with its gradient written out; the same nine shifted views with automatic
   differentiation; and, differentiated likewise, one array of all neighbours, (N, H, W, 9, C).
-- The LSTM: with one scan for all layers and the first one's projection in front of it; with that
-  projection in the scan too; with a scan and a projection in front of it for each layer; and as
-  flax.linen.RNN, which has a scan for each layer and the projection in it.
+- The LSTM: with a scan for each layer and the projection in front of it; as flax.linen.RNN, which
+  has the projection in the scan; and with one scan for all layers, the projection in it.
 - The network of the LSTM, and the one that lacks it.
 
 The forms of one thing are first checked to give the same numbers, and then take turns, since the
@@ -152,28 +151,14 @@ def flax_cells(params: dict[str, jax.Array]) -> list[dict[str, dict[str, jax.Arr
     return cells
 
 
-def lstm(depth: int) -> LSTM:
-    return LSTM(Layers("pytorch", None, jnp.float32), SEQUENCE[-1], depth, biases=1)
-
-
-def a_scan_a_layer(params: dict[str, jax.Array], x: Any) -> Any:
-    """`LSTM` as a stack of its own single layers."""
-    for i in range(1, LSTM_LAYERS + 1):
-        own = {name.replace(str(i), "1"): leaf for name, leaf in params.items() if str(i) in name}
-        x = lstm(1).apply({"params": own}, x)
-    return x
-
-
 def lstms() -> list[Comparison]:
     x, gradient = noise(0, SEQUENCE), noise(1, SEQUENCE)
-    params = lstm(LSTM_LAYERS).init(jax.random.key(0), x)["params"]
+    lstm = LSTM(Layers("pytorch", None, jnp.float32), SEQUENCE[-1], LSTM_LAYERS, biases=1)
+    params = lstm.init(jax.random.key(0), x)["params"]
     forms: dict[str, Callable[..., Any]] = {
-        "one scan, projection in front": lambda params, x: lstm(LSTM_LAYERS).apply(
-            {"params": params}, x
-        ),
-        "one scan, projection in it": in_one_scan,
-        "a scan a layer, projection in front": a_scan_a_layer,
+        "a scan a layer, projection in front": lambda params, x: lstm.apply({"params": params}, x),
         "a scan a layer, projection in it (flax.linen.RNN)": flax_rnn,
+        "one scan for all layers, projection in it": in_one_scan,
     }
     gradients = {name: with_gradient(function) for name, function in forms.items()}
     return [

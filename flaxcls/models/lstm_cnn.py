@@ -17,8 +17,8 @@ from flaxcls.models.registry import register
 class LSTM(nn.Module):
     """Stacked LSTM layers (Hochreiter and Schmidhuber 1997) in PyTorch's form.
 
-    All layers run in one scan over the sequence. The first layer's input projection does not
-    depend on the scan, and is one matmul for the whole sequence in front of it.
+    A layer is one scan over the sequence. Its input projection does not depend on the scan, and is
+    one matmul for the whole sequence in front of it.
 
     Attributes:
       layers: the parameters' initialisation and precision; `init` sees a fan-in of `features`.
@@ -38,39 +38,35 @@ class LSTM(nn.Module):
         """x (N, T, F) -> the last layer's hidden states, (N, T, features)."""
         start = INITIALISATIONS[self.layers.init]
         bias_start, width = start.bias(self.features), 4 * self.features
-        # Gates in PyTorch's order: input, forget, cell, output.
-        to_gates, recurrent = [], []
+
+        def parameter(name: str, init: Any, *shape: int) -> jax.Array:
+            return self.param(name, init, shape, self.layers.param_dtype)
+
         for i in range(1, self.depth + 1):
-            sources = x.shape[-1] if i == 1 else self.features
-
-            def parameter(name: str, init: Any, *shape: int) -> jax.Array:
-                return self.param(name, init, shape, self.layers.param_dtype)
-
-            kernel = parameter(f"input{i}_kernel", start.dense, sources, width)
+            # Gates in PyTorch's order: input, forget, cell, output.
+            kernel = parameter(f"input{i}_kernel", start.dense, x.shape[-1], width)
             bias = parameter(f"input{i}_bias", bias_start, width)
             if self.biases == 2:
                 bias = bias + parameter(f"hidden{i}_bias", bias_start, width)
-            to_gates.append((kernel, bias))
-            recurrent.append(parameter(f"hidden{i}_kernel", start.dense, self.features, width))
-        x, to_gates, recurrent = jax.tree.map(
-            lambda leaf: promote_dtype(leaf, dtype=self.layers.dtype)[0], (x, to_gates, recurrent)
-        )
+            recurrent = parameter(f"hidden{i}_kernel", start.dense, self.features, width)
+            x, kernel, bias, recurrent = promote_dtype(
+                x, kernel, bias, recurrent, dtype=self.layers.dtype
+            )
+            x = _run(x @ kernel + bias, recurrent)
+        return x
 
-        def step(states, projected):
-            new_states: list[tuple[jax.Array, jax.Array]] = []
-            gates = projected
-            for i, (hidden, cell) in enumerate(states):
-                if i:
-                    kernel, bias = to_gates[i]
-                    gates = new_states[-1][0] @ kernel + bias
-                new_states.append(_cell(gates + hidden @ recurrent[i], cell))
-            return new_states, new_states[-1][0]
 
-        kernel, bias = to_gates[0]
-        projected = x @ kernel + bias
-        zeros = jnp.zeros((x.shape[0], self.features), projected.dtype)
-        _, hidden = jax.lax.scan(step, [(zeros, zeros)] * self.depth, jnp.swapaxes(projected, 0, 1))
-        return jnp.swapaxes(hidden, 0, 1)
+def _run(projected: jax.Array, recurrent: jax.Array) -> jax.Array:
+    """projected (N, T, 4 F) and recurrent (F, 4 F) -> hidden states (N, T, F)."""
+
+    def step(state: tuple[jax.Array, jax.Array], gates: jax.Array) -> Any:
+        hidden, cell = state
+        state = _cell(gates + hidden @ recurrent, cell)
+        return state, state[0]
+
+    zeros = jnp.zeros((projected.shape[0], recurrent.shape[0]), projected.dtype)
+    _, hidden = jax.lax.scan(step, (zeros, zeros), jnp.swapaxes(projected, 0, 1))
+    return jnp.swapaxes(hidden, 0, 1)
 
 
 def _cell(gates: jax.Array, cell: jax.Array) -> tuple[jax.Array, jax.Array]:
