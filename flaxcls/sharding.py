@@ -1,9 +1,11 @@
 """The device mesh, and where the arrays of a run live on it."""
 
+import hashlib
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxcls.errors import InputError
@@ -88,3 +90,12 @@ def put_replicated(tree: Any, mesh: Mesh) -> Any:
 def fetch(tree: Any) -> Any:
     """Brings arrays to the host: the one way there, so that a test can count its uses."""
     return jax.device_get(tree)
+
+
+def equal_everywhere(text: str) -> bool:
+    """Whether all processes give the same text; each must call it."""
+    if jax.process_count() == 1:
+        return True
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
+    return bool((digests == digest).all())

@@ -28,7 +28,7 @@ from flaxcls.history import Record, best_record, metric_mode, should_stop
 from flaxcls.optimizers import plateau_scale
 from flaxcls.progress import Progress
 from flaxcls.results import RunFiles, other_data
-from flaxcls.sharding import fetch, put_replicated, replicated
+from flaxcls.sharding import equal_everywhere, fetch, put_replicated, replicated
 from flaxcls.step import Totals, compile_train_step
 
 
@@ -251,6 +251,11 @@ class Loop:
         if found is None:
             return
         imported, report = found
+        if not equal_everywhere(report.origin.version):
+            raise InputError(
+                f"the processes of the run found different weights under {report.origin}; give "
+                "all of them the same file, or name a revision of the hub: NAME@REVISION"
+            )
         self.progress.note(str(report))
 
         def taken(new: Any, drawn: jax.Array) -> jax.Array:

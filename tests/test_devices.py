@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from small_runs import Command, Workplace, assert_close, history, saved_steps, summary
 
 from flaxcls import metrics
@@ -115,6 +116,7 @@ def test_vgg11_that_eight_devices_share_has_the_same_losses_in_float64(eight_dev
 
 PAIR = (
     "--config=small.py",
+    "--config.model.pretrained=weights.safetensors",
     "--config.precision=float64",
     "--config.train.epochs=4",
     "--config.augment.horizontal_flip=0.5",
@@ -128,14 +130,16 @@ PAIR = (
 class Pair:
     """Two processes that train together."""
 
-    def __init__(self, place: Workplace, name: str, *arguments: str):
+    def __init__(
+        self, place: Workplace, name: str, *arguments: str, other: Workplace | None = None
+    ):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         flags = (f"--coordinator=localhost:{port}", "--num_processes=2")
         self.commands: list[Command] = [
-            place.start(f"{name}-{i}.log", *arguments, *flags, f"--process_id={i}")
-            for i in range(2)
+            where.start(f"{name}-{i}.log", *arguments, *flags, f"--process_id={i}")
+            for i, where in enumerate((place, other or place))
         ]
 
     def finish(self) -> list[int]:
@@ -148,6 +152,7 @@ class Pair:
 
 def test_two_processes_train_are_interrupted_resume_and_evaluate(tmp_path):
     place = Workplace(tmp_path)
+    write_weights(tmp_path / "weights.safetensors")
     run, alone = tmp_path / "pair", tmp_path / "alone"
     single = place.start("alone.log", *PAIR, f"--workdir={alone}")
 
@@ -186,6 +191,37 @@ def test_two_processes_train_are_interrupted_resume_and_evaluate(tmp_path):
     assert measured["support"] == np.bincount(found["label"]).tolist() == [2] * 10
     test = summary(alone)["test"]
     assert_close({key: measured[key] for key in test}, test)
+
+
+def test_processes_with_different_weights_are_stopped(tmp_path):
+    places = []
+    for i, name in enumerate(("here", "there")):
+        (tmp_path / name).mkdir()
+        write_weights(tmp_path / name / "weights.safetensors", seed=i)
+        places.append(Workplace(tmp_path / name))
+    pair = Pair(places[0], "pair", *PAIR, f"--workdir={tmp_path / 'run'}", other=places[1])
+    assert pair.finish() == [2, 2], pair.output
+    assert "found different weights under 'weights.safetensors'; give" in pair.output
+
+
+def write_weights(path: Path, seed: int = 0) -> None:
+    """Writes weights for the model of `small.py` on its grey 8x8 digits."""
+    shapes = {
+        "params/Conv_0/kernel": (3, 3, 1, 8),
+        "params/Conv_0/bias": (8,),
+        "params/Conv_1/kernel": (3, 3, 8, 16),
+        "params/Conv_1/bias": (16,),
+        "params/Dense_0/kernel": (64, 64),
+        "params/Dense_0/bias": (64,),
+        "params/Dense_1/kernel": (64, 10),
+        "params/Dense_1/bias": (10,),
+    }
+    for i, width in enumerate((8, 16)):
+        shapes |= {f"params/BatchNorm_{i}/{name}": (width,) for name in ("scale", "bias")}
+        shapes |= {f"batch_stats/BatchNorm_{i}/{name}": (width,) for name in ("mean", "var")}
+    rng = np.random.default_rng(seed)
+    arrays = {name: rng.uniform(0.05, 0.15, shape) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(arrays, path)
 
 
 def predictions(run: Path) -> dict[str, np.ndarray]:
