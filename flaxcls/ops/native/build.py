@@ -1,0 +1,131 @@
+"""Compiles the native operators with the system's C++ compiler, once a machine, and loads them."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jaxlib
+
+SOURCES = Path(__file__).parent
+# Each is a symbol of the library and, after `flaxcls_`, a target of `jax.ffi.ffi_call`.
+TARGETS: tuple[str, ...] = ()
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+_TIMEOUT = 300.0  # seconds
+
+
+class Native(NamedTuple):
+    """Whether the native operators can be used.
+
+    Attributes:
+      usable: whether they are compiled and loaded.
+      said: what happened, in a few words.
+    """
+
+    usable: bool
+    said: str
+
+
+@functools.cache
+def native() -> Native:
+    """Compiles the operators unless the user's cache holds them, and loads them; never raises."""
+    began = time.monotonic()
+    compiler = _compiler()
+    if compiler is None:
+        return Native(False, "no C++ compiler found (set CXX or install g++)")
+    try:
+        command = (*compiler, *_FLAGS, _machine_flag(), f"-I{jax.ffi.include_dir()}")
+        library = _cache_folder() / f"native-{_key(command)}.so"
+        cached = library.exists()
+        if not cached:
+            _compile(command, library)
+        loaded = ctypes.CDLL(str(library))
+        for target in TARGETS:
+            capsule = jax.ffi.pycapsule(getattr(loaded, target))
+            jax.ffi.register_ffi_target(f"flaxcls_{target}", capsule, platform="cpu")
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        return Native(False, f"native operators not available: {_reason(error)}")
+    if cached:
+        return Native(True, "native operators")
+    return Native(True, f"native operators, compiled in {time.monotonic() - began:.0f} s")
+
+
+def _compiler() -> tuple[str, ...] | None:
+    """The command of a C++ compiler: that of CXX, as make takes it, or the system's."""
+    for candidate in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        words = candidate.split()
+        if words and shutil.which(words[0]):
+            return tuple(words)
+    return None
+
+
+def _machine_flag() -> str:
+    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(home).expanduser() / "flaxcls"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _key(command: tuple[str, ...]) -> str:
+    """Changes with whatever the library depends on: sources, compiler, CPU, headers of jaxlib."""
+    version = subprocess.run(
+        [command[0], "--version"], capture_output=True, text=True, timeout=_TIMEOUT, check=True
+    ).stdout
+    digest = hashlib.sha256()
+    for text in (*command, version, _cpu(), jaxlib.__version__):
+        digest.update(text.encode() + b"\0")
+    for source in sorted(SOURCES.glob("*.[ch]*")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """The CPU's model and instructions, which a home folder shared by machines does not fix."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _compile(command: tuple[str, ...], library: Path) -> None:
+    """Compiles to a file of its own and renames it: two processes may start at once."""
+    handle, beside = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(handle)
+    try:
+        subprocess.run(
+            [*command, str(SOURCES / "native.cc"), "-o", beside],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=True,
+        )
+        os.replace(beside, library)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or ["no message"]
+        return f"{error.cmd[0]} failed ({lines[0]})"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+if __name__ == "__main__":
+    print(native().said)
+    sys.exit(0 if native().usable else 1)
