@@ -4,31 +4,36 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
-
-#include "xla/ffi/api/ffi.h"
+#include <mutex>
 
 namespace flaxcls {
 
 class Tasks {
  public:
-  explicit Tasks(xla::ffi::ThreadPool pool)
-      : pool_(pool), threads_(std::max<int64_t>(1, pool.num_threads())) {}
+  // `pool` is XLA's (xla::ffi::ThreadPool) or anything else with its two methods.
+  template <class Pool>
+  explicit Tasks(Pool pool)
+      : threads_(std::max<int64_t>(1, pool.num_threads())),
+        schedule_([pool](std::function<void()> work) mutable { pool.Schedule(std::move(work)); }) {}
 
   int64_t threads() const { return threads_; }
 
   // Calls f(0) ... f(n - 1), in any order and on any thread, and returns when all have returned.
   // The caller works too, and waits only for calls that have begun: no free thread, no delay.
+  // Throws what one of the calls has thrown.
   void Run(int64_t n, const std::function<void(int64_t)>& f) {
     if (n <= 1 || threads_ == 1) {
       for (int64_t i = 0; i < n; ++i) f(i);
       return;
     }
     auto job = std::make_shared<Job>(n, &f);  // outlives this call where a thread comes too late
-    for (int64_t i = 1; i < std::min(n, threads_); ++i) pool_.Schedule([job] { job->Work(); });
+    for (int64_t i = 1; i < std::min(n, threads_); ++i) schedule_([job] { job->Work(); });
     job->Work();
     while (job->done.load(std::memory_order_acquire) < n) Pause();
+    if (job->thrown) std::rethrow_exception(job->thrown);
   }
 
   // Calls f(begin, end) for consecutive parts of 0 ... n, each of at least `grain`.
@@ -43,7 +48,12 @@ class Tasks {
 
     void Work() {
       for (int64_t i; (i = next.fetch_add(1)) < n;) {
-        (*f)(i);
+        try {
+          (*f)(i);
+        } catch (...) {
+          std::lock_guard<std::mutex> lock(mutex);
+          thrown = std::current_exception();
+        }
         done.fetch_add(1, std::memory_order_release);
       }
     }
@@ -51,6 +61,8 @@ class Tasks {
     const int64_t n;
     const std::function<void(int64_t)>* f;  // alive while done < n
     std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::exception_ptr thrown;
   };
 
   static void Pause() {
@@ -61,8 +73,8 @@ class Tasks {
 #endif
   }
 
-  xla::ffi::ThreadPool pool_;
   int64_t threads_;
+  std::function<void(std::function<void()>)> schedule_;
 };
 
 }  // namespace flaxcls

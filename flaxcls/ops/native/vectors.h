@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace flaxcls {
 
 #if defined(__AVX512F__)
@@ -30,14 +34,26 @@ inline Vector Load(const float* p) {
 
 inline void Store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
 
-// The first n of kLanes floats; the others are 0.
+// The first n of kLanes floats; the others are 0. With AVX-512 as fast as Load and Store.
 inline Vector LoadFirst(const float* p, int64_t n) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps((1u << n) - 1, p);
+#else
+  if (n == kLanes) return Load(p);
   Vector v = {};
   std::memcpy(&v, p, n * sizeof(float));
   return v;
+#endif
 }
 
-inline void StoreFirst(float* p, Vector v, int64_t n) { std::memcpy(p, &v, n * sizeof(float)); }
+inline void StoreFirst(float* p, Vector v, int64_t n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
+#else
+  if (n == kLanes) return Store(p, v);
+  std::memcpy(p, &v, n * sizeof(float));
+#endif
+}
 
 inline Vector Broadcast(float x) { return x - Vector{}; }
 
