@@ -187,9 +187,7 @@ def _backward(settings: _Settings, saved: Any, dy: jax.Array) -> tuple[jax.Array
 _convolve.defvjp(_forward, _backward)
 
 
-def _shape(
-    x: jax.Array, kernel: jax.Array, y_shape: tuple[int, ...], settings: _Settings
-) -> Shape:
+def _shape(x: jax.Array, kernel: jax.Array, y_shape: tuple[int, ...], settings: _Settings) -> Shape:
     return Shape(
         images=x.shape[0],
         input_size=x.shape[1:3],
