@@ -18,7 +18,13 @@ import jaxlib
 
 SOURCES = Path(__file__).parent
 # Each is a symbol of the library and, after `flaxcls_`, a target of `jax.ffi.ffi_call`.
-TARGETS: tuple[str, ...] = ("conv_forward", "conv_input_gradient", "conv_kernel_gradient")
+TARGETS: tuple[str, ...] = (
+    "conv_forward",
+    "conv_input_gradient",
+    "conv_kernel_gradient",
+    "batch_norm_forward",
+    "batch_norm_backward",
+)
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _TIMEOUT = 300.0  # seconds
 

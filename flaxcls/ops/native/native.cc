@@ -1,2 +1,3 @@
 // Everything that is compiled: one file an operator.
+#include "batchnorm.h"
 #include "convolution.h"

@@ -57,6 +57,113 @@ inline void StoreFirst(float* p, Vector v, int64_t n) {
 
 inline Vector Broadcast(float x) { return x - Vector{}; }
 
+// A vector of whole numbers; as the result of a comparison, -1 where it holds and 0 elsewhere.
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// How much of a vector is meant: all of it, or its first n lanes (of what is loaded, the others
+// are 0). A function that takes either is compiled for both.
+struct AllLanes {};
+struct FirstLanes {
+  int64_t n;
+};
+
+// Calls f(begin, lanes) for consecutive vectors that cover 0 ... n.
+template <class F>
+inline void ForVectors(int64_t n, F&& f) {
+  int64_t begin = 0;
+  for (; begin + kLanes <= n; begin += kLanes) f(begin, AllLanes{});
+  if (begin < n) f(begin, FirstLanes{n - begin});
+}
+
+namespace lanes {
+
+template <class Bits>
+inline Bits Load(const void* p, AllLanes) {
+  Bits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+
+template <class Bits>
+inline void Store(void* p, Bits bits, AllLanes) {
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+// Without masks memcpy becomes a call: a map of 29 channels then takes three times as long.
+template <class Bits>
+inline Bits Load(const void* p, FirstLanes lanes) {
+  Bits bits = {};
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (uint32_t{1} << lanes.n) - 1;
+  if constexpr (sizeof bits == 64) bits = Bits(_mm512_maskz_loadu_epi32(mask, p));
+  if constexpr (sizeof bits == 32) bits = Bits(_mm256_maskz_loadu_epi16(mask, p));
+  if constexpr (sizeof bits == 16) bits = Bits(_mm_maskz_loadu_epi8(mask, p));
+#else
+  std::memcpy(&bits, p, lanes.n * (sizeof bits / kLanes));
+#endif
+  return bits;
+}
+
+template <class Bits>
+inline void Store(void* p, Bits bits, FirstLanes lanes) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (uint32_t{1} << lanes.n) - 1;
+  if constexpr (sizeof bits == 64) _mm512_mask_storeu_epi32(p, mask, __m512i(bits));
+  if constexpr (sizeof bits == 32) _mm256_mask_storeu_epi16(p, mask, __m256i(bits));
+  if constexpr (sizeof bits == 16) _mm_mask_storeu_epi8(p, mask, __m128i(bits));
+#else
+  std::memcpy(p, &bits, lanes.n * (sizeof bits / kLanes));
+#endif
+}
+
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes * sizeof(uint8_t))));
+
+}  // namespace lanes
+
+template <class Lanes>
+inline Vector Load(const float* p, Lanes some) {
+  return lanes::Load<Vector>(p, some);
+}
+
+template <class Lanes>
+inline void Store(float* p, Vector v, Lanes some) {
+  lanes::Store(p, v, some);
+}
+
+// bfloat16 is the upper half of a float.
+template <class Lanes>
+inline Vector Load(const BFloat16* p, Lanes some) {
+  const auto halves = lanes::Load<lanes::Halves>(p, some);
+  return Vector(__builtin_convertvector(halves, lanes::Words) << 16);
+}
+
+// Rounds to the nearest, of two to the even one. A NaN stays one: rounding could carry into the
+// exponent, and its upper half alone may be that of infinity.
+template <class Lanes>
+inline void Store(BFloat16* p, Vector v, Lanes some) {
+  const lanes::Words bits = lanes::Words(v);
+  const lanes::Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const lanes::Words nan = (bits >> 16) | 0x40;
+  const lanes::Words narrow = v == v ? rounded : nan;
+  lanes::Store(p, __builtin_convertvector(narrow, lanes::Halves), some);
+}
+
+template <class Lanes>
+inline Ints LoadBytes(const uint8_t* p, Lanes some) {
+  return __builtin_convertvector(lanes::Load<lanes::Bytes>(p, some), Ints);
+}
+
+template <class Lanes>
+inline void StoreBytes(uint8_t* p, Ints v, Lanes some) {
+  lanes::Store(p, __builtin_convertvector(v, lanes::Bytes), some);
+}
+
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
