@@ -54,7 +54,7 @@ def batch_norm(
 
     Source: Ioffe and Szegedy 2015, algorithm 1.
     """
-    fusion = _Fusion(float(epsilon), residual is not None, relu, pool)
+    fusion = _Fusion(float(epsilon), residual is not None, bool(relu), bool(pool))
     y, mean, var = _batch_norm(x, scale, bias, residual, fusion)
     return y, lax.stop_gradient(mean), lax.stop_gradient(var)
 

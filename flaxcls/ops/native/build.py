@@ -24,6 +24,8 @@ TARGETS: tuple[str, ...] = (
     "conv_kernel_gradient",
     "batch_norm_forward",
     "batch_norm_backward",
+    "max_pool_forward",
+    "max_pool_backward",
 )
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _TIMEOUT = 300.0  # seconds
