@@ -22,7 +22,7 @@ CHOICES = {
     "loss.reduction": ("mean", "sum"),
     "eval.split": ("train", "val", "test", "all"),
     "precision": ("float32", "bfloat16", "float64"),
-    "ops.backend": ("auto", "xla", "flax"),
+    "ops.backend": ("auto", "xla", "native", "flax"),
 }
 
 # What must hold of a number, in words: (smallest, largest, whether the smallest itself is allowed).

@@ -179,7 +179,7 @@ def default() -> ConfigDict:
     c.precision = "float32"  # of the computation: float32, bfloat16, float64; parameters >= float32
 
     c.ops = ConfigDict()
-    c.ops.backend = "auto"  # auto, xla, flax (plain flax.linen)
+    c.ops.backend = "auto"  # auto, xla, native (C++, for CPU), flax (plain flax.linen)
     return c.lock()
 
 

@@ -13,8 +13,9 @@ from typing import Literal
 import jax
 
 from flaxcls.errors import InputError, did_you_mean
+from flaxcls.ops.native.build import native
 
-BACKENDS = ("auto", "xla", "flax")
+BACKENDS = ("auto", "xla", "native", "flax")
 
 # XLA:CPU of jaxlib 0.10 hands convolutions to YNNPACK, which is slow for the shapes of training;
 # this leaves it the dots only (a step of vgg13, 32 px, batch 64, falls from 0.77 s to 0.58 s).
@@ -30,7 +31,9 @@ def set_backend(name: str) -> None:
 
     Args:
       name: `auto`, the fastest for the device; `xla`, XLA's operators, which on CPU are written in
-        the forms that XLA:CPU runs fast; `flax`, exactly what flax.linen's own layers do.
+        the forms that XLA:CPU runs fast; `native`, this package's own for CPU where they can be
+        used (`use_native`), which `auto` takes too; `flax`, exactly what flax.linen's own layers
+        do.
 
     A function that `jax.jit` has already traced keeps the backend it was traced with.
 
@@ -68,6 +71,25 @@ def implementation() -> Literal["plain", "cpu"]:
     if _chosen != "flax" and jax.default_backend() == "cpu":
         return "cpu"
     return "plain"
+
+
+def use_native() -> bool:
+    """Whether operators traced now may be the native ones; the first call may compile them.
+
+    They need the CPU and a C++ compiler. Over several devices XLA would gather the whole batch
+    around a native call, so there they are not used.
+    """
+    return (
+        _chosen in ("auto", "native")
+        and jax.default_backend() == "cpu"
+        and jax.device_count() == 1
+        and native().usable
+    )
+
+
+def native_status() -> str:
+    """What became of the native operators, in a few words for the log."""
+    return native().said
 
 
 def compiler_options() -> dict[str, str]:

@@ -8,7 +8,10 @@ from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 
+from flaxcls.ops.backend import use_native
 from flaxcls.ops.channels import channel_mean, spread
+from flaxcls.ops.native.batchnorm import batch_norm
+from flaxcls.ops.pool import max_pool
 
 
 class BatchNorm(nn.Module):
@@ -17,6 +20,11 @@ class BatchNorm(nn.Module):
     Statistics are computed in at least float32. The running variance is that of the batch as it
     is (biased, flax's); PyTorch's carries n / (n - 1). With float64 parameters the running
     statistics are float64 from the start, where flax's would turn so at the first step.
+
+    What often follows, a residual, ReLU and a pool, can be asked for in the call. In training on
+    CPU all of it then is one native operator (`native/batchnorm.py`), where one is to be had: with
+    its gradient, 64x32x32x64 with ReLU and pool takes 9 ms instead of 42, one thread. It has no
+    derivatives but the first, backwards, and none of the running statistics.
 
     Attributes:
       momentum: share of the old running statistics that each step keeps.
@@ -33,31 +41,77 @@ class BatchNorm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, use_running_average: bool) -> jax.Array:
-        """x (..., C) -> the same shape; `use_running_average` is false in training."""
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool,
+        *,
+        residual: jax.Array | None = None,
+        relu: bool = False,
+        pool: bool = False,
+    ) -> jax.Array:
+        """Normalise x (..., C); then, in this order, add, apply ReLU and pool.
+
+        Args:
+          x: (..., C).
+          use_running_average: false in training.
+          residual: added to the normalised x; of its shape.
+          relu: whether ReLU follows.
+          pool: whether a max pool of 2x2 windows follows; x then is (N, H, W, C).
+
+        Returns:
+          The shape of x; (N, H // 2, W // 2, C) with a pool.
+        """
         shape = (x.shape[-1],)
         stats_dtype = jnp.promote_types(self.param_dtype, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
 
+        def move_running(mean: jax.Array, var: jax.Array) -> None:
+            if self.is_initializing():
+                return
+            for running, new in ((running_mean, mean), (running_var, var)):
+                moved = self.momentum * running.value + (1 - self.momentum) * new
+                running.value = moved.astype(running.value.dtype)
+
+        if not use_running_average and _native_takes(x, scale, bias, residual, dtype):
+            scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
+            y, mean, var = batch_norm(
+                x, scale, bias, self.epsilon, residual=residual, relu=relu, pool=pool
+            )
+            move_running(mean, var)
+            return y
+
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if use_running_average:
             mean, var = running_mean.value, running_var.value
         else:
             mean, var = _moments(wide)
-            if not self.is_initializing():
-                for running, new in ((running_mean, mean), (running_var, var)):
-                    moved = self.momentum * running.value + (1 - self.momentum) * new
-                    running.value = moved.astype(running.value.dtype)
+            move_running(mean, var)
         slope = lax.rsqrt(var + self.epsilon) * scale
         # Around a constant, which changes neither value nor any derivative, the gradient needs
         # two sums over the pixels instead of three.
         origin = lax.stop_gradient(mean)
         offset = bias - (mean - origin) * slope
-        y = (wide - origin) * spread(slope, x) + spread(offset, x)
-        return y.astype(canonicalize_dtype(x, scale, bias, dtype=self.dtype))
+        y = ((wide - origin) * spread(slope, x) + spread(offset, x)).astype(dtype)
+        if residual is not None:
+            y = y + residual
+        if relu:
+            y = nn.relu(y)
+        return max_pool(y, (2, 2)) if pool else y
+
+
+def _native_takes(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, residual: jax.Array | None, dtype: Any
+) -> bool:
+    """Whether the native operator computes what is asked for in training, `dtype` the result's."""
+    narrow = all(jnp.promote_types(p.dtype, jnp.float32) == jnp.float32 for p in (scale, bias))
+    same = residual is None or (residual.dtype, residual.shape) == (x.dtype, x.shape)
+    known = x.dtype == dtype and x.dtype in (jnp.float32, jnp.bfloat16)
+    return x.ndim > 1 and known and narrow and same and use_native()
 
 
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:

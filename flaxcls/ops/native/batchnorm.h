@@ -251,7 +251,7 @@ void Statistics(const MapShape& shape, const BatchNormForwardArrays<T>& arrays,
           });
         });
       });
-  const double n = shape.pixels();
+  const double n = std::max<int64_t>(1, shape.pixels());  // no pixels: mean 0, variance 0
   for (int64_t c = 0; c < shape.channels; ++c) {
     const double shift = totals[c] / n;
     const double mean = near[c] + shift;
@@ -455,7 +455,7 @@ struct InputGradient {
   InputGradient(const BatchNormBackwardArrays<T>& arrays, const Normalizer& normalize,
                 std::vector<double> sums, const MapShape& shape, int64_t width, float epsilon)
       : normalize(normalize) {
-    const double n = shape.pixels();
+    const double n = std::max<int64_t>(1, shape.pixels());
     std::vector<float> tilts(shape.channels), constants(shape.channels);
     for (int64_t c = 0; c < shape.channels; ++c) {
       const double rest = arrays.mean_rest[c], of_z = sums[c];

@@ -52,7 +52,7 @@ def max_pool(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     (top, bottom), (left, right) = padding
-    return _max_pool(x, _Window(tuple(window), tuple(strides), (top, bottom, left, right)))
+    return _max_pool(x, _Window((*window,), (*strides,), (top, bottom, left, right)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
