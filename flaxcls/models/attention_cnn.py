@@ -57,10 +57,10 @@ class AttentionTrunk(nn.Module):
         check_images(images, "attention_cnn", smallest=16)
         x, maps = images, []
         for i, features in enumerate((16, 16, 32, 32, 64, 64, 128, 128), 1):
-            x = conv_relu_norm(self.layers, x, features, train, i)
-            if i > 2 and i % 2 == 0:
+            x = conv_relu_norm(self.layers, x, features, train, i, pool=i == 2)
+            if i in (4, 6, 8):
                 maps.append(x)
-            if i % 2 == 0 and i < 8:
+            if i in (4, 6):
                 x = ops.max_pool(x, (2, 2))
         return maps[0], maps[1], maps[2]
 

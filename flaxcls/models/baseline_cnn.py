@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flaxcls import ops
 from flaxcls.models.layers import Layers, check_images, global_mean
 from flaxcls.models.registry import register
 
@@ -15,11 +14,14 @@ GROUPS = ((16, 16), (32, 32), (64, 64), (128, 128))
 
 
 def conv_relu_norm(
-    layers: Layers, x: jax.Array, features: int, train: bool, number: int
+    layers: Layers, x: jax.Array, features: int, train: bool, number: int, *, pool: bool = False
 ) -> jax.Array:
-    """3x3 convolution, ReLU, BatchNorm, in this order: x (N, H, W, C) -> (N, H, W, features)."""
+    """3x3 convolution, ReLU, BatchNorm and, if `pool`, a 2x2 max pool, in this order.
+
+    x (N, H, W, C) -> (N, H, W, features), or half as high and wide.
+    """
     x = nn.relu(layers.conv(x, features, 3, name=f"conv{number}"))
-    return layers.batch_norm(x, train, name=f"norm{number}")
+    return layers.batch_norm(x, train, name=f"norm{number}", pool=pool)
 
 
 class BaselineTrunk(nn.Module):
@@ -45,9 +47,8 @@ class BaselineTrunk(nn.Module):
         for group in GROUPS:
             for features in group:
                 number += 1
-                x = conv_relu_norm(self.layers, x, features, train, number)
-            if self.last_pool or number < 8:
-                x = ops.max_pool(x, (2, 2))
+                pool = number % 2 == 0 and (self.last_pool or number < 8)
+                x = conv_relu_norm(self.layers, x, features, train, number, pool=pool)
         return x
 
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flaxcls import ops
 from flaxcls.models.layers import Layers, check_images, flatten
 from flaxcls.models.options import one_of
 from flaxcls.models.registry import register
@@ -45,7 +44,7 @@ class ExpandingTrunk(nn.Module):
         for i in range(1, self.depth + 1):
             channels = EXPANSIONS[self.expansion](channels)
             x = nn.relu(self.layers.conv(x, channels, 5, name=f"conv{i}"))
-            x = ops.max_pool(self.layers.batch_norm(x, train, name=f"norm{i}"), (2, 2))
+            x = self.layers.batch_norm(x, train, name=f"norm{i}", pool=True)
         return x
 
 

@@ -79,8 +79,7 @@ class FashionNet1Trunk(nn.Module):
         x = images
         for i, features in enumerate((32, 64), 1):
             x = self.layers.conv(x, features, 5, padding="VALID", name=f"conv{i}")
-            x = nn.relu(self.layers.batch_norm(x, train, name=f"norm{i}"))
-            x = ops.max_pool(x, (2, 2))
+            x = self.layers.batch_norm(x, train, name=f"norm{i}", relu=True, pool=True)
         return x
 
 

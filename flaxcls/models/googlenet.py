@@ -72,7 +72,7 @@ class ConvNorm(nn.Module):
             name="conv",
         )
         epsilon = 1e-3 if self.torchvision else 1e-5
-        return nn.relu(self.layers.batch_norm(x, train, name="norm", epsilon=epsilon))
+        return self.layers.batch_norm(x, train, name="norm", epsilon=epsilon, relu=True)
 
 
 class Inception(nn.Module):

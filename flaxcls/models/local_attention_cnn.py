@@ -194,12 +194,10 @@ class LocalAttentionTrunk(nn.Module):
         check_images(images, "local_attention_cnn", smallest=16)
         x = images
         for i, features in enumerate((16, 16, 32, 32, 64, 64, 128), 1):
-            x = conv_relu_norm(self.layers, x, features, train, i)
-            if i % 2 == 0:
-                x = ops.max_pool(x, (2, 2))
+            x = conv_relu_norm(self.layers, x, features, train, i, pool=i % 2 == 0)
         x = nn.relu(LocalAttention(128, self.heads, self.layers, name="attention")(x))
         x = self.layers.batch_norm(x, train, name="attention_norm")
-        return ops.max_pool(conv_relu_norm(self.layers, x, 128, train, 8), (2, 2))
+        return conv_relu_norm(self.layers, x, 128, train, 8, pool=True)
 
 
 class LocalAttentionCNN(nn.Module):

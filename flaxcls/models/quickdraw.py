@@ -83,9 +83,8 @@ class LikeVGGTrunk(nn.Module):
         x = images
         for i, features in enumerate((32, 32, 64, 64), 1):
             x = self.layers.conv(x, features, 3, padding="VALID", name=f"conv{i}")
-            x = nn.relu(self.layers.batch_norm(x, train, name=f"norm{i}"))
-            if i in (2, 4):
-                x = ops.max_pool(x, (2, 2))
+            pool = i in (2, 4)
+            x = self.layers.batch_norm(x, train, name=f"norm{i}", relu=True, pool=pool)
         return x
 
 
@@ -138,9 +137,7 @@ class AiInnoTrunk(nn.Module):
             for i, features in enumerate(widths, 1):
                 name = f"conv{group}_{i}"
                 x = nn.relu(self.layers.conv(x, features, 3, padding="VALID", name=name))
-            x = self.layers.batch_norm(x, train, name=f"norm{group}")
-            if group < 3:
-                x = ops.max_pool(x, (2, 2))
+            x = self.layers.batch_norm(x, train, name=f"norm{group}", pool=group < 3)
         return x
 
 

@@ -46,13 +46,19 @@ class Block(nn.Module):
         if x.shape[-1] != features or self.stride != 1:
             shortcut = self._conv_norm(x, features, 1, self.stride, train, "_shortcut")
         for i, (width, kernel, stride) in enumerate(plan, 1):
-            x = self._conv_norm(x, width, kernel, stride, train, str(i))
-            if i < len(plan):
-                x = nn.relu(x)
-        return nn.relu(x + shortcut)
+            added = shortcut if i == len(plan) else None
+            x = self._conv_norm(x, width, kernel, stride, train, str(i), residual=added, relu=True)
+        return x
 
     def _conv_norm(
-        self, x: jax.Array, features: int, kernel: int, stride: int, train: bool, suffix: str
+        self,
+        x: jax.Array,
+        features: int,
+        kernel: int,
+        stride: int,
+        train: bool,
+        suffix: str,
+        **then: Any,
     ) -> jax.Array:
         side = kernel // 2
         x = self.layers.conv(
@@ -64,7 +70,7 @@ class Block(nn.Module):
             use_bias=False,
             name=f"conv{suffix}",
         )
-        return self.layers.batch_norm(x, train, name=f"norm{suffix}")
+        return self.layers.batch_norm(x, train, name=f"norm{suffix}", **then)
 
 
 class ResNetTrunk(nn.Module):
@@ -91,7 +97,7 @@ class ResNetTrunk(nn.Module):
         x = self.layers.conv(
             images, 64, 7, strides=2, padding=((3, 3), (3, 3)), use_bias=False, name="conv1"
         )
-        x = nn.relu(self.layers.batch_norm(x, train, name="norm1"))
+        x = self.layers.batch_norm(x, train, name="norm1", relu=True)
         x = ops.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, (width, blocks) in enumerate(zip(WIDTHS, self.blocks, strict=True), 1):
             for i in range(1, blocks + 1):

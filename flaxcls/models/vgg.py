@@ -47,10 +47,13 @@ class VGGTrunk(nn.Module):
                 pointwise = self.pointwise_last and stage >= 3 and i == convs
                 kernel = 1 if pointwise else 3
                 x = self.layers.conv(x, features, kernel, name=f"conv{stage}_{i}")
+                pool = i == convs
                 if self.batch_norm:
-                    x = self.layers.batch_norm(x, train, name=f"norm{stage}_{i}")
-                x = nn.relu(x)
-            x = ops.max_pool(x, (2, 2))
+                    norm = f"norm{stage}_{i}"
+                    x = self.layers.batch_norm(x, train, name=norm, relu=True, pool=pool)
+                else:
+                    x = nn.relu(x)
+                    x = ops.max_pool(x, (2, 2)) if pool else x
         return x
 
 
