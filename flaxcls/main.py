@@ -321,6 +321,7 @@ def _start_jax(config: ConfigDict, given: argparse.Namespace) -> None:
     ops.keep_compiled_programs()
     _join_processes(jax, given)
     ops.set_backend(config.ops.backend)
+    ops.set_precision(config.ops.precision)
 
 
 def _join_processes(jax: Any, given: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ CHOICES = {
     "eval.split": ("train", "val", "test", "all"),
     "precision": ("float32", "bfloat16", "float64"),
     "ops.backend": ("auto", "xla", "native", "flax"),
+    "ops.precision": ("default", "high"),
 }
 
 # What must hold of a number, in words: (smallest, largest, whether the smallest itself is allowed).

@@ -180,6 +180,7 @@ def default() -> ConfigDict:
 
     c.ops = ConfigDict()
     c.ops.backend = "auto"  # auto, xla, native (C++, for CPU), flax (plain flax.linen)
+    c.ops.precision = "default"  # of native convolutions; high: the error of a direct one
     return c.lock()
 
 

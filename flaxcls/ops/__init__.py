@@ -7,11 +7,14 @@ from flax.linen import Dense
 
 from flaxcls.ops.backend import (
     BACKENDS,
+    PRECISIONS,
     backend,
     compiler_options,
     native_status,
+    precision,
     prepare_process,
     set_backend,
+    set_precision,
     use_backend,
 )
 from flaxcls.ops.cache import keep_compiled_programs
@@ -22,6 +25,7 @@ from flaxcls.ops.windows import Padding
 
 __all__ = [
     "BACKENDS",
+    "PRECISIONS",
     "BatchNorm",
     "Conv",
     "Dense",
@@ -34,7 +38,9 @@ __all__ = [
     "keep_compiled_programs",
     "max_pool",
     "native_status",
+    "precision",
     "prepare_process",
     "set_backend",
+    "set_precision",
     "use_backend",
 ]

@@ -8,8 +8,9 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from flaxcls.ops.backend import implementation
+from flaxcls.ops.backend import implementation, precision, use_native
 from flaxcls.ops.channels import spread
+from flaxcls.ops.native import convolution
 from flaxcls.ops.windows import Padding, strided_slices
 
 
@@ -55,6 +56,13 @@ def convolve(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int] = (1, 1), padding: Padding = "SAME"
 ) -> jax.Array:
     """x (N, H, W, C) by kernel (kernel height, kernel width, C, O) -> (N, H', W', O)."""
+    if use_native() and x.dtype in (jnp.float32, jnp.bfloat16):
+        sides = (
+            lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+            if isinstance(padding, str)
+            else padding
+        )
+        return convolution.convolve(x, kernel, strides, tuple(sides), precision=precision())
     if implementation() == "cpu":
         small = _every_output_sees_every_pixel(x.shape[1:3], kernel.shape[:2])
         if small and strides == (1, 1) and padding == "SAME":
