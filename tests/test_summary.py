@@ -45,8 +45,9 @@ def test_the_table_fits_100_columns_and_adds_up(name):
     params = [int(row[3].replace(",", "")) for row in body]
     flops = [float(row[4].replace(",", "")) for row in body]
     assert sum(params) == int(total[1].replace(",", ""))
-    # Activations and pooling are in the total only.
-    assert sum(flops) <= float(total[2].replace(",", "")) <= 1.02 * sum(flops)
+    # Activations and pools that no BatchNorm was asked for are in the total only.
+    rounding = 0.0005 * (len(flops) + 1)
+    assert sum(flops) - rounding <= float(total[2].replace(",", "")) <= 1.02 * sum(flops)
 
 
 def test_total_is_that_of_flax_tabulate_and_the_backend_is_left_alone():
