@@ -172,7 +172,7 @@ def introduce(
         f"model: {config.model.name}, {count:,} parameters"
         + (f" ({trained:,} of them trained)" if trained < count else "")
         + f", {config.precision}, on {len(devices)} x {devices[0].device_kind}"
-        + (f"; {memory}" if memory else "")
+        + "".join(f"; {said}" for said in (ops.native_status(), memory) if said)
     )
     counts = {key: value.tolist() for key, value in class_counts(dataset).items()}
     progress.class_counts(dataset.class_names, counts)

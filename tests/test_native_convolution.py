@@ -11,7 +11,7 @@ import pytest
 
 from flaxcls.ops.native import convolution
 from flaxcls.ops.native.build import native
-from flaxcls.ops.native.convolution import Algorithm, Shape, choose, convolve
+from flaxcls.ops.native.convolution import Algorithm, choose, convolve
 
 pytestmark = pytest.mark.skipif(not native().usable, reason=native().said)
 
@@ -332,19 +332,34 @@ def test_bad_attributes_are_an_error_not_a_crash(wrong, said):
         call(draw(2, 6, 6, 4), draw(3, 3, 4, 8), **(arrays | scalars)).block_until_ready()
 
 
-def shape_of(n, size, channels, features, kernel_size=(3, 3), strides=(1, 1)):
-    return Shape(n, size, size, channels, features, kernel_size, strides)
+def algorithms(x, kernel, strides=(1, 1), precision="default"):
+    """Of the forward pass, the input's and the kernel's gradient of a `SAME`-padded convolution."""
+    chosen = []
+
+    def remember(each, precision):
+        chosen.append(choose(each, precision))
+        return chosen[-1]
+
+    def loss(x, kernel):
+        padding = tuple(same(k) for k in kernel.shape[:2])
+        return convolve(x, kernel, strides, padding, precision=precision).sum()
+
+    arrays = (jax.ShapeDtypeStruct(shape, "float32") for shape in (x, kernel))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "choose", remember)
+        jax.eval_shape(jax.grad(loss, (0, 1)), *arrays)
+    return chosen
 
 
 def test_the_choice_of_an_algorithm():
-    chosen = {
-        Algorithm.WINOGRAD_4: shape_of(64, (32, 32), 64, 64),
-        Algorithm.WINOGRAD_2: shape_of(1, (8, 8), 64, 64),
-        Algorithm.SMALL_MAPS: shape_of(64, (2, 2), 512, 512),
-        Algorithm.DIRECT: shape_of(64, (32, 32), 3, 64),
-    }
-    for algorithm, shape in chosen.items():
-        assert choose(shape, "default") is algorithm
-    assert choose(shape_of(64, (32, 32), 64, 64), "high") is Algorithm.WINOGRAD_2
-    assert choose(shape_of(64, (8, 8), 64, 64, (5, 5)), "default") is Algorithm.DIRECT
-    assert choose(shape_of(64, (8, 8), 64, 64, (3, 3), (2, 2)), "default") is Algorithm.DIRECT
+    many, few = (64, 32, 32, 64), (1, 8, 8, 64)
+    square = (3, 3, 64, 64)
+    assert algorithms(many, square) == 3 * [Algorithm.WINOGRAD_4]
+    assert algorithms(many, square, precision="high") == 3 * [Algorithm.WINOGRAD_2]
+    assert algorithms(few, square) == 3 * [Algorithm.WINOGRAD_2]
+    assert algorithms((64, 2, 2, 64), square) == 3 * [Algorithm.SMALL_MAPS]
+    assert algorithms((64, 4, 4, 64), (5, 5, 64, 64)) == 3 * [Algorithm.SMALL_MAPS]
+    assert algorithms(many, (5, 5, 64, 64)) == 3 * [Algorithm.DIRECT]
+    assert algorithms(many, square, strides=(2, 2)) == 3 * [Algorithm.DIRECT]
+    first = algorithms((64, 32, 32, 3), (3, 3, 3, 64))
+    assert first == [Algorithm.DIRECT, Algorithm.WINOGRAD_4, Algorithm.DIRECT]

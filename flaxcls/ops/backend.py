@@ -103,17 +103,21 @@ def use_native() -> bool:
     They need the CPU and a C++ compiler. Over several devices XLA would gather the whole batch
     around a native call, so there they are not used.
     """
-    return (
-        _chosen in ("auto", "native")
-        and jax.default_backend() == "cpu"
-        and jax.device_count() == 1
-        and native().usable
-    )
+    return _wants_native() and jax.device_count() == 1 and native().usable
 
 
 def native_status() -> str:
-    """What became of the native operators, in a few words for the log."""
-    return native().said
+    """What became of the native operators, in a few words for the log; empty where none are due.
+
+    The first call may compile them.
+    """
+    if not _wants_native():
+        return ""
+    return native().said if jax.device_count() == 1 else "XLA's operators (several devices)"
+
+
+def _wants_native() -> bool:
+    return _chosen in ("auto", "native") and jax.default_backend() == "cpu"
 
 
 def compiler_options() -> dict[str, str]:

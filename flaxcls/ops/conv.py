@@ -57,12 +57,11 @@ def convolve(
 ) -> jax.Array:
     """x (N, H, W, C) by kernel (kernel height, kernel width, C, O) -> (N, H', W', O)."""
     if use_native() and x.dtype in (jnp.float32, jnp.bfloat16):
-        sides = (
-            lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-            if isinstance(padding, str)
-            else padding
-        )
-        return convolution.convolve(x, kernel, strides, tuple(sides), precision=precision())
+        sides = padding
+        if isinstance(sides, str):
+            sides = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, sides)
+        rows, columns = sides
+        return convolution.convolve(x, kernel, strides, (rows, columns), precision=precision())
     if implementation() == "cpu":
         small = _every_output_sees_every_pixel(x.shape[1:3], kernel.shape[:2])
         if small and strides == (1, 1) and padding == "SAME":

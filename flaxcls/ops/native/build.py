@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jaxlib
+
+from flaxcls.ops.cache import cache_folder, machine_key
 
 SOURCES = Path(__file__).parent
 # Each is a symbol of the library and, after `flaxcls_`, a target of `jax.ffi.ffi_call`.
@@ -29,6 +31,7 @@ TARGETS: tuple[str, ...] = (
 )
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _TIMEOUT = 300.0  # seconds
+_one_at_a_time = threading.Lock()
 
 
 class Native(NamedTuple):
@@ -43,16 +46,21 @@ class Native(NamedTuple):
     said: str
 
 
-@functools.cache
 def native() -> Native:
     """Compiles the operators unless the user's cache holds them, and loads them; never raises."""
+    with _one_at_a_time:
+        return _native()
+
+
+@functools.cache
+def _native() -> Native:
     began = time.monotonic()
     compiler = _compiler()
     if compiler is None:
-        return Native(False, "no C++ compiler found (set CXX or install g++)")
+        return Native(False, "XLA's operators: no C++ compiler found (set CXX or install g++)")
     try:
         command = (*compiler, *_FLAGS, _machine_flag(), f"-I{jax.ffi.include_dir()}")
-        library = _cache_folder() / f"native-{_key(command)}.so"
+        library = cache_folder("native") / f"{_key(command)}.so"
         cached = library.exists()
         if not cached:
             _compile(command, library)
@@ -60,8 +68,8 @@ def native() -> Native:
         for target in TARGETS:
             capsule = jax.ffi.pycapsule(getattr(loaded, target))
             jax.ffi.register_ffi_target(f"flaxcls_{target}", capsule, platform="cpu")
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        return Native(False, f"native operators not available: {_reason(error)}")
+    except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
+        return Native(False, f"XLA's operators: {_reason(error)}")
     if cached:
         return Native(True, "native operators")
     return Native(True, f"native operators, compiled in {time.monotonic() - began:.0f} s")
@@ -80,34 +88,17 @@ def _machine_flag() -> str:
     return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 
 
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(home).expanduser() / "flaxcls"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _key(command: tuple[str, ...]) -> str:
-    """Changes with whatever the library depends on: sources, compiler, CPU, headers of jaxlib."""
+    """Changes with whatever the library depends on: sources, compiler, CPU, jaxlib's headers."""
     version = subprocess.run(
         [command[0], "--version"], capture_output=True, text=True, timeout=_TIMEOUT, check=True
     ).stdout
     digest = hashlib.sha256()
-    for text in (*command, version, _cpu(), jaxlib.__version__):
+    for text in (*command, version, machine_key()):
         digest.update(text.encode() + b"\0")
     for source in sorted(SOURCES.glob("*.[ch]*")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def _cpu() -> str:
-    """The CPU's model and instructions, which a home folder shared by machines does not fix."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
 def _compile(command: tuple[str, ...], library: Path) -> None:

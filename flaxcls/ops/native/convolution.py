@@ -1,4 +1,4 @@
-"""Convolution, NHWC by HWIO, by the native operators, and the choice of an algorithm for each pass."""
+"""Native convolution, NHWC by HWIO, and the choice of an algorithm for each of its passes."""
 
 from collections.abc import Callable
 from enum import IntEnum
@@ -13,6 +13,7 @@ from flaxcls.ops.native.build import native
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
 Precision = Literal["default", "high"]
+Dims = tuple[int, ...]
 
 
 class Algorithm(IntEnum):
@@ -24,66 +25,72 @@ class Algorithm(IntEnum):
     WINOGRAD_4 = 4  # F(4x4, 3x3): 4 times fewer; errors of 1e-5 instead of 1e-6
 
 
-class Shape(NamedTuple):
-    """The sizes of a convolution from which its algorithms are chosen."""
+class Pass(NamedTuple):
+    """What an algorithm is chosen from.
+
+    Attributes:
+      images: N.
+      size: height and width of the maps that the pass writes, or, for the kernel's gradient, of
+        the outputs.
+      inputs: channels that the pass reads, of a group.
+      winograd: whether the kernel is 3x3 and the strides are 1.
+      pixels: of the smaller of the two maps.
+      inside: share of the kernel's taps, over all outputs, that do not fall on padding.
+    """
 
     images: int
-    input_size: tuple[int, int]
-    output_size: tuple[int, int]
-    inputs: int  # channels, of a group
-    outputs: int
-    kernel_size: tuple[int, int]
-    strides: tuple[int, int]
-
-    @property
-    def winograd(self) -> bool:
-        return self.kernel_size == (3, 3) and self.strides == (1, 1)
-
-    @property
-    def pixels(self) -> int:
-        """Of the smaller map."""
-        return min(np.prod(self.input_size), np.prod(self.output_size))
+    size: tuple[int, int]
+    inputs: int
+    winograd: bool
+    pixels: int
+    inside: float
 
     @property
     def tiles(self) -> int:
         """Tiles of 4x4 outputs."""
-        h, w = self.output_size
+        h, w = self.size
         return self.images * -(-h // 4) * -(-w // 4)
 
 
 class Rule(NamedTuple):
-    """One row of the choice: the algorithm where `applies` holds, and the measurement behind it."""
+    """A row of the choice: an algorithm, where it applies, and the measurement behind it."""
 
     algorithm: Algorithm
-    applies: Callable[[Shape], bool]
+    applies: Callable[[Pass], bool]
     measured: str
 
 
-# The first rule that applies decides, for each pass. Times are of one Zen 4 core.
+# The first rule that applies decides. Times are of one Zen 4 core, forward; gradients are alike.
 RULES = (
     Rule(
         Algorithm.SMALL_MAPS,
-        lambda s: s.pixels <= 4 and s.kernel_size != (1, 1) and s.images >= 6,
-        "3x3, 512 to 512 channels, 64 maps of 2x2: 9.8 ms, F2 10.4, direct 16.9, F4 22",
+        lambda p: p.winograd and p.pixels <= 4 and p.images >= 6,
+        "512 to 512 channels, 64 maps of 2x2: 8 ms, F2 10, direct 14, F4 20; 3x3: F4 leads",
+    ),
+    Rule(
+        Algorithm.SMALL_MAPS,
+        lambda p: not p.winograd and p.pixels <= 64 and p.inside < 0.85 and p.images >= 6,
+        "5x5, 64 to 64 channels, 64 maps of 4x4: 1.0 ms, direct 1.9; 7x7: 4.3 and 6.1; "
+        "3x3 from 8x8 to 4x4, 128 to 256, 32 maps: 2.5 and 2.9",
     ),
     Rule(
         Algorithm.DIRECT,
-        lambda s: not s.winograd,
-        "5x5, 7x7, 1x1 and strides: 95 to 105 GFLOP/s of 110",
+        lambda p: not p.winograd,
+        "1x1, 5x5, 7x7 and strides from 16 channels on: 85 to 110 GFLOP/s of 110",
     ),
     Rule(
         Algorithm.DIRECT,
-        lambda s: min(s.inputs, s.outputs) < 16,
-        "3 to 64 channels, 64 maps of 32x32: 2.6 ms, F4 4.0; 1 to 32: 0.37 ms, F4 1.3",
+        lambda p: p.inputs < 8,
+        "3 to 64 channels, 64 maps of 32x32: 2.6 ms, F4 4.0; 8 to 64, 16x16: 1.5 and 0.8",
     ),
     Rule(
         Algorithm.WINOGRAD_2,
-        lambda s: s.tiles < 24,
-        "too few tiles of 4x4 to share a transformed kernel",
+        lambda p: p.tiles < 8,
+        "64 to 64 channels, one map of 8x8: 0.030 ms, F4 0.034; of 16x16: 0.094 and 0.075",
     ),
     Rule(
         Algorithm.WINOGRAD_4,
-        lambda s: True,
+        lambda p: True,
         "64 to 64 channels, 64 maps of 32x32: 18 ms, F2 27, direct 47; 16 to 16: 0.8, 1.6, 1.6",
     ),
 )
@@ -92,11 +99,11 @@ RULES = (
 forced: Algorithm | None = None
 
 
-def choose(shape: Shape, precision: Precision) -> Algorithm:
-    """The algorithm of a pass of this shape; `high` precision keeps F(4x4, 3x3) out."""
+def choose(each: Pass, precision: Precision) -> Algorithm:
+    """The algorithm of a pass; `high` precision keeps F(4x4, 3x3) out."""
     if forced is not None:
         return forced
-    chosen = next(rule.algorithm for rule in RULES if rule.applies(shape))
+    chosen = next(rule.algorithm for rule in RULES if rule.applies(each))
     if precision == "high" and chosen is Algorithm.WINOGRAD_4:
         return Algorithm.WINOGRAD_2
     return chosen
@@ -161,14 +168,15 @@ def convolve(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
-    size = tuple(
+    h, w = (
         max(0, (n + sum(pads) - k) // step + 1)
         for n, pads, k, step in zip(
             x.shape[1:3], settings.padding, kernel.shape[:2], settings.strides, strict=True
         )
     )
-    shape = (x.shape[0], *size, kernel.shape[3])
-    return _call("conv_forward", x, kernel, shape, _shape(x, kernel, shape, settings), settings)
+    y = jax.ShapeDtypeStruct((x.shape[0], h, w, kernel.shape[3]), jnp.float32)
+    forward = _pass(x.shape, kernel.shape, y.shape, settings)
+    return _call("conv_forward", x, kernel, y, forward, settings)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, settings: _Settings) -> tuple[jax.Array, Any]:
@@ -178,41 +186,55 @@ def _forward(x: jax.Array, kernel: jax.Array, settings: _Settings) -> tuple[jax.
 def _backward(settings: _Settings, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Two calls, without side effects: XLA drops the one whose result nobody uses.
     x, kernel = saved
-    shape = _shape(x, kernel, dy.shape, settings)
-    dx = _call("conv_input_gradient", dy, kernel, x.shape, shape, settings)
-    dkernel = _call("conv_kernel_gradient", x, dy, kernel.shape, shape, settings)
+    like_forward = _pass(x.shape, kernel.shape, dy.shape, settings)
+    backwards = like_forward._replace(size=x.shape[1:3], inputs=kernel.shape[3] // settings.groups)
+    dx = _call("conv_input_gradient", dy, kernel, x, backwards, settings)
+    dkernel = _call("conv_kernel_gradient", x, dy, kernel, like_forward, settings)
     return dx, dkernel
 
 
 _convolve.defvjp(_forward, _backward)
 
 
-def _shape(x: jax.Array, kernel: jax.Array, y_shape: tuple[int, ...], settings: _Settings) -> Shape:
-    return Shape(
-        images=x.shape[0],
-        input_size=x.shape[1:3],
-        output_size=y_shape[1:3],
-        inputs=kernel.shape[2],
-        outputs=kernel.shape[3] // settings.groups,
-        kernel_size=kernel.shape[:2],
-        strides=settings.strides,
+def _pass(x: Dims, kernel: Dims, y: Dims, settings: _Settings) -> Pass:
+    """The forward pass of these shapes."""
+    inside = 1.0
+    for axis in range(2):
+        inside *= _share_inside(
+            x[1 + axis],
+            kernel[axis],
+            y[1 + axis],
+            settings.strides[axis],
+            settings.padding[axis][0],
+        )
+    return Pass(
+        images=x[0],
+        size=(y[1], y[2]),
+        inputs=kernel[2],
+        winograd=kernel[:2] == (3, 3) and settings.strides == (1, 1),
+        pixels=min(x[1] * x[2], y[1] * y[2]),
+        inside=inside,
     )
 
 
+def _share_inside(size: int, kernel: int, outputs: int, stride: int, before: int) -> float:
+    """Along one axis, the share of taps that fall inside the map."""
+    if not outputs:
+        return 1.0
+    seen = np.arange(outputs)[:, None] * stride + np.arange(kernel) - before
+    return float(np.mean((seen >= 0) & (seen < size)))
+
+
 def _call(
-    target: str,
-    a: jax.Array,
-    b: jax.Array,
-    result_shape: tuple[int, ...],
-    shape: Shape,
-    settings: _Settings,
+    target: str, a: jax.Array, b: jax.Array, like: Any, each: Pass, settings: _Settings
 ) -> jax.Array:
-    result = jax.ShapeDtypeStruct(result_shape, jnp.float32)
+    """Runs a target on `a` and `b`; its result has the shape of `like`."""
+    result = jax.ShapeDtypeStruct(like.shape, jnp.float32)
     return jax.ffi.ffi_call(f"flaxcls_{target}", result, vmap_method="sequential")(
         a,
         b,
         strides=np.asarray(settings.strides, np.int64),
         padding=np.asarray(settings.padding, np.int64).reshape(4),
         groups=np.int64(settings.groups),
-        algorithm=np.int64(choose(shape, settings.precision)),
+        algorithm=np.int64(choose(each, settings.precision)),
     )

@@ -23,24 +23,29 @@ class PixelBlocks {
  public:
   struct Block {
     int64_t image, images, row, rows;
+
+    int64_t pixels(int64_t columns) const { return images * rows * columns; }
   };
 
-  // An output row needs `row_floats` of input, and a block at least `least_floats` besides.
-  PixelBlocks(int64_t images, int64_t rows, int64_t columns, int64_t row_floats,
-              int64_t least_floats, int64_t most_pixels, int64_t at_least)
-      : images_(images), rows_(rows) {
-    const int64_t room = std::max<int64_t>(1, kBlockFloats - least_floats);
-    const int64_t most_rows =
-        std::max<int64_t>(1, std::min(room / row_floats, most_pixels / columns));
-    strips_ = CeilDiv(rows, std::min(rows, most_rows));
-    if (strips_ > 1 || images * strips_ < at_least) {
-      strips_ = std::clamp(CeilDiv(at_least, images), strips_, rows);
-      count_ = images * strips_;
-    } else {
-      const int64_t pixels_fit = most_pixels / (rows * columns);
-      const int64_t floats_fit = kBlockFloats / (rows * row_floats + least_floats);
-      const int64_t together = std::max<int64_t>(1, std::min(pixels_fit, floats_fit));
-      count_ = std::clamp(at_least, CeilDiv(images, together), images);
+  // C is a Convolution or a KernelGradient, of which `channels` of the input are read at a time.
+  template <class C>
+  PixelBlocks(const C& conv, int64_t channels, int64_t most_pixels, int64_t least_blocks)
+      : images_(conv.out.n), rows_(conv.out.h), columns_(conv.out.w) {
+    // `rows` rows of outputs read rows * row_floats + overlap_floats.
+    const int64_t line_floats = ((columns_ - 1) * conv.step_w + conv.kernel.w) * channels;
+    const int64_t row_floats = conv.step_h * line_floats;
+    const int64_t overlap_floats =
+        std::max<int64_t>(0, conv.kernel.h - conv.step_h) * line_floats;
+    const int64_t rows_fit = std::clamp<int64_t>(
+        std::min((kBlockFloats - overlap_floats) / row_floats, most_pixels / columns_), 1, rows_);
+    strips_ = CeilDiv(rows_, rows_fit);
+    if (images_ * strips_ < least_blocks) strips_ = std::min(rows_, CeilDiv(least_blocks, images_));
+    count_ = images_ * strips_;
+    if (strips_ == 1) {
+      const int64_t images_fit = std::min(kBlockFloats / (rows_ * row_floats + overlap_floats),
+                                          most_pixels / (rows_ * columns_));
+      count_ = CeilDiv(images_, std::max<int64_t>(1, images_fit));
+      count_ = std::max(count_, std::min(images_, least_blocks));
     }
   }
 
@@ -57,8 +62,22 @@ class PixelBlocks {
     return {i / strips_, 1, begin, rows_ * (strip + 1) / strips_ - begin};
   }
 
+  // Of the pixels of the largest block, one after the other; other blocks use the first of them.
+  std::vector<int64_t> Offsets(int64_t image, int64_t row, int64_t pixel) const {
+    std::vector<int64_t> offsets;
+    offsets.reserve(most_images() * most_rows() * columns_);
+    for (int64_t i = 0; i < most_images(); ++i) {
+      for (int64_t y = 0; y < most_rows(); ++y) {
+        for (int64_t x = 0; x < columns_; ++x) {
+          offsets.push_back(i * image + y * row + x * pixel);
+        }
+      }
+    }
+    return offsets;
+  }
+
  private:
-  int64_t images_, rows_, strips_, count_;
+  int64_t images_, rows_, columns_, strips_, count_;
 };
 
 // What the pixels of a block read: the images themselves, or a copy with the padding around it.
@@ -80,14 +99,7 @@ class BlockInput {
     row = in_place_ ? in_.row : columns_ * pixel;
     image = in_place_ ? in_.image : ((blocks.most_rows() - 1) * step_h_ + taps_h_) * row;
     copy_floats = in_place_ ? 0 : blocks.most_images() * image;
-    offsets.reserve(blocks.most_images() * blocks.most_rows() * conv.out.w);
-    for (int64_t i = 0; i < blocks.most_images(); ++i) {
-      for (int64_t y = 0; y < blocks.most_rows(); ++y) {
-        for (int64_t x = 0; x < conv.out.w; ++x) {
-          offsets.push_back(i * image + y * step_h_ * row + x * conv.step_w * pixel);
-        }
-      }
-    }
+    offsets = blocks.Offsets(image, step_h_ * row, conv.step_w * pixel);
   }
 
   // Where the block's first output pixel finds channel `first` under the kernel's first tap.
@@ -168,20 +180,9 @@ inline void ConvolveDirect(Tasks& tasks, const Convolution& conv) {
 
   const Blocks outputs(kernel.outputs);
   const ChannelParts parts(kernel.inputs, kSlabFloats / (tap_count * outputs.width(0)));
-  const int64_t row_floats =
-      ((conv.out.w - 1) * conv.step_w + kernel.w) * kernel.inputs * conv.step_h;
-  const PixelBlocks blocks(conv.out.n, conv.out.h, conv.out.w, row_floats,
-                           row_floats / conv.step_h * std::max<int64_t>(0, kernel.h - conv.step_h),
-                           kBlockPixels, 2 * tasks.threads());
+  const PixelBlocks blocks(conv, kernel.inputs, kBlockPixels, 2 * tasks.threads());
   const BlockInput input(conv, blocks, kernel.inputs);
-  std::vector<int64_t> out_offsets;
-  for (int64_t i = 0; i < blocks.most_images(); ++i) {
-    for (int64_t y = 0; y < blocks.most_rows(); ++y) {
-      for (int64_t x = 0; x < conv.out.w; ++x) {
-        out_offsets.push_back(i * conv.out.image + y * conv.out.row + x * conv.out.pixel);
-      }
-    }
-  }
+  const auto out_offsets = blocks.Offsets(conv.out.image, conv.out.row, conv.out.pixel);
 
   // packed[block of outputs][part of the channels][tap][channel][output]
   Scratch packed(tap_count * kernel.inputs * outputs.all_width());
@@ -208,7 +209,7 @@ inline void ConvolveDirect(Tasks& tasks, const Convolution& conv) {
     const Scratch copy(input.copy_floats);
     const float* in = input.Prepare(block, 0, copy.data());
     float* out = conv.out.At(block.image, block.row, 0);
-    const int64_t pixels = block.images * block.rows * conv.out.w;
+    const int64_t pixels = block.pixels(conv.out.w);
     for (int64_t o = outputs.count() * share / shares;
          o < outputs.count() * (share + 1) / shares; ++o) {
       for (int64_t part = 0; part < parts.count; ++part) {
@@ -249,13 +250,8 @@ inline void KernelGradientDirect(Tasks& tasks, const KernelGradient& gradient) {
 
   const Blocks outputs(kernel.outputs);
   const ChannelParts parts(kernel.inputs, kGradientChannels);
-  const int64_t most_channels = CeilDiv(kernel.inputs, parts.count);
-  const int64_t row_floats =
-      ((dy.w - 1) * gradient.step_w + kernel.w) * most_channels * gradient.step_h;
-  const PixelBlocks blocks(
-      dy.n, dy.h, dy.w, row_floats,
-      row_floats / gradient.step_h * std::max<int64_t>(0, kernel.h - gradient.step_h),
-      kGradientPixels, tasks.threads());
+  const PixelBlocks blocks(gradient, CeilDiv(kernel.inputs, parts.count), kGradientPixels,
+                           tasks.threads());
 
   // Where the channels do not share out evenly, the threads share the pixels and sum apart.
   int64_t shares = 1;
@@ -271,15 +267,7 @@ inline void KernelGradientDirect(Tasks& tasks, const KernelGradient& gradient) {
             kernel.w * column, column, kernel.outputs, 1};
   };
 
-  std::vector<int64_t> dy_offsets;
-  for (int64_t i = 0; i < blocks.most_images(); ++i) {
-    for (int64_t y = 0; y < blocks.most_rows(); ++y) {
-      for (int64_t x = 0; x < dy.w; ++x) {
-        dy_offsets.push_back(i * dy.image + y * dy.row + x * dy.pixel);
-      }
-    }
-  }
-
+  const auto dy_offsets = blocks.Offsets(dy.image, dy.row, dy.pixel);
   tasks.Run(parts.count * shares, [&](int64_t task) {
     const int64_t part = task / shares, share = task % shares;
     const Kernel<float> sum = sums(share);
@@ -296,7 +284,7 @@ inline void KernelGradientDirect(Tasks& tasks, const KernelGradient& gradient) {
          ++b) {
       const PixelBlocks::Block block = blocks.At(b);
       const float* in = input.Prepare(block, parts.first(part), copy.data());
-      product.count = block.images * block.rows * dy.w;
+      product.count = block.pixels(dy.w);
       for (int64_t o = 0; o < outputs.count(); ++o) {
         product.y = dy.At(block.image, block.row, 0) + outputs.first(o);
         product.last = outputs.last(o);

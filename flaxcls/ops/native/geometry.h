@@ -76,6 +76,22 @@ inline void FillZeros(const Kernel<float>& kernel) {
   }
 }
 
+// to[i][j] = from[j][i] for i < rows and j < columns, both at most kLanes; rows of `from` and `to`
+// are so many floats apart.
+inline void CopyTransposed(const float* from, int64_t from_row, int64_t rows, int64_t columns,
+                           float* to, int64_t to_row) {
+  if (rows == kLanes && columns == kLanes) {
+    Vector square[kLanes];
+    for (int i = 0; i < kLanes; ++i) square[i] = Load(from + i * from_row);
+    Transpose(square);
+    for (int i = 0; i < kLanes; ++i) Store(to + i * to_row, square[i]);
+    return;
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) to[i * to_row + j] = from[j * from_row + i];
+  }
+}
+
 // Copies kernel[y, x, in : in + count, out : out + width] to `packed` (count, width), with zeros
 // for outputs beyond the kernel's.
 inline void PackKernel(const Kernel<const float>& kernel, int64_t y, int64_t x, int64_t in,
@@ -91,14 +107,13 @@ inline void PackKernel(const Kernel<const float>& kernel, int64_t y, int64_t x, 
     }
     return;
   }
-  if (outputs < width) std::memset(packed, 0, count * width * sizeof(float));
-  for (int64_t a0 = 0; a0 < count; a0 += kLanes) {  // squares, which stay in the L1 cache
-    for (int64_t b0 = 0; b0 < outputs; b0 += kLanes) {
-      for (int64_t b = b0; b < std::min(outputs, b0 + kLanes); ++b) {
-        for (int64_t a = a0; a < std::min(count, a0 + kLanes); ++a) {
-          packed[a * width + b] = from[a * kernel.input + b * kernel.output];
-        }
-      }
+  if (outputs % kLanes != 0) std::memset(packed, 0, count * width * sizeof(float));
+  for (int64_t a = 0; a < count; a += kLanes) {
+    for (int64_t b = 0; b < width; b += kLanes) {
+      const int64_t rows = std::min<int64_t>(kLanes, count - a);
+      const int64_t columns = std::clamp<int64_t>(outputs - b, 0, kLanes);
+      CopyTransposed(from + a * kernel.input + b * kernel.output, kernel.output, rows, columns,
+                     packed + a * width + b, width);
     }
   }
 }

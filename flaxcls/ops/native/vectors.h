@@ -164,6 +164,38 @@ inline void StoreBytes(uint8_t* p, Ints v, Lanes some) {
   lanes::Store(p, __builtin_convertvector(v, lanes::Bytes), some);
 }
 
+// Lane i is lane indices[i] of a and b side by side; one instruction where `indices` are constants.
+inline Vector Shuffle(Vector a, Vector b, Ints indices) {
+#if defined(__clang__)
+  Vector shuffled;
+  for (int i = 0; i < kLanes; ++i) {
+    shuffled[i] = indices[i] < kLanes ? a[indices[i]] : b[indices[i] - kLanes];
+  }
+  return shuffled;
+#else
+  return __builtin_shuffle(a, b, indices);
+#endif
+}
+
+// Transposes a square of kLanes vectors: swaps the off-diagonal blocks of side kLanes / 2, then
+// those of half that side within each block, and so on. 80 instructions for 16 x 16.
+template <int kSide = kLanes / 2>
+inline void Transpose(Vector* rows) {
+  Ints first, second;
+  for (int i = 0; i < kLanes; ++i) {
+    first[i] = i & kSide ? kLanes + i - kSide : i;
+    second[i] = i & kSide ? kLanes + i : i + kSide;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kSide) continue;
+    const Vector a = rows[i], b = rows[i + kSide];
+    rows[i] = Shuffle(a, b, first);
+    rows[i + kSide] = Shuffle(a, b, second);
+  }
+  if constexpr (kSide > 1) Transpose<kSide / 2>(rows);
+}
+
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 

@@ -295,16 +295,15 @@ __attribute__((noinline)) void TransformOutputs(const float* sums, int64_t point
   }
 }
 
-// sums (rows, width) (+)= the blocks of `in` (rows, channels), one after the other, @ weights.
-inline void MultiplyPoint(const Panels& panels, float* v, int64_t block, int64_t point,
-                          int64_t rows, const float* weights, int64_t width, float* sums,
+// sums (rows, width) (+)= in (rows, channels) @ weights (channels, width).
+inline void MultiplyPoint(const float* in, int64_t in_width, int64_t channels,
+                          const float* weights, int64_t width, int64_t rows, float* sums,
                           bool add) {
-  const int64_t no_offset = 0, in_width = panels.blocks.width(block);
-  const float* in = panels.At(v, block, point);
+  const int64_t no_offset = 0;
   Product product;
   product.taps = &no_offset;
   product.tap_count = 1;
-  product.depth = panels.blocks.channels(block);
+  product.depth = channels;
   product.weights = weights;
   product.last = kLanes;
   product.add = add;
@@ -331,6 +330,12 @@ constexpr int64_t kTileBlockFloats = 56 << 10;  // of V and M for a block of til
 constexpr int64_t kGroupTiles = 128;            // M is 1.2 MB: 455 tiles are a fifth slower
 constexpr int64_t kGroupFloats = 4 << 20;       // of V and D for a group
 
+// Into how many shares to cut each of `tasks` tasks so that all threads have work, at most `most`.
+inline int64_t SharesOfTask(int64_t tasks, int64_t threads, int64_t most) {
+  if (tasks % threads == 0) return 1;
+  return std::clamp<int64_t>(CeilDiv(2 * threads, tasks), 1, std::max<int64_t>(1, most));
+}
+
 inline int64_t TilesOfGroup(int64_t floats_of_tile) {
   return std::clamp<int64_t>(kGroupFloats / floats_of_tile, 24, kGroupTiles);
 }
@@ -351,7 +356,7 @@ void ConvolveTileBlocks(Tasks& tasks, const Convolution& conv, const WinogradTil
   });
 
   const int64_t fit = kTileBlockFloats / (kPoints * (inputs.all_width() + outputs.width(0)));
-  const int64_t most = RoundUp(std::clamp<int64_t>(fit, 12, 96) - 11, 12);
+  const int64_t most = std::clamp<int64_t>(fit, 12, 96) / 12 * 12;  // whole register tiles
   const int64_t blocks = std::clamp(2 * tasks.threads(), CeilDiv(tiles.count, most), tiles.count);
   tasks.Run(std::min(blocks, 4 * tasks.threads()), [&](int64_t task) {
     const int64_t parts = std::min(blocks, 4 * tasks.threads());
@@ -365,9 +370,9 @@ void ConvolveTileBlocks(Tasks& tasks, const Convolution& conv, const WinogradTil
         const int64_t width = outputs.width(o);
         for (int64_t point = 0; point < kPoints; ++point) {
           for (int64_t c = 0; c < inputs.count(); ++c) {
-            MultiplyPoint(v, in.data(), c, point, end - begin,
+            MultiplyPoint(v.At(in.data(), c, point), inputs.width(c), inputs.channels(c),
                           u.At(kernel.data(), o, point) + inputs.first(c) * width, width,
-                          p.At(products.data(), 0, point), c > 0);
+                          end - begin, p.At(products.data(), 0, point), c > 0);
           }
         }
         TransformOutputs<m>(products.data(), p.Point(0), tiles, begin, end, outputs, o, conv.out);
@@ -392,20 +397,24 @@ void ConvolveTileGroups(Tasks& tasks, const Convolution& conv, const WinogradTil
       TransformInputs<m>(conv.in, conv.top, conv.left, tiles, first + begin, first + end, zeros, v,
                          begin, in.data());
     });
-    tasks.Run(outputs.count(), [&](int64_t o) {
-      const int64_t width = outputs.width(o);
-      const Panels u(Blocks(width), kPoints, inputs.width(0)), p(Blocks(width), kPoints, rows);
+    const int64_t shares = SharesOfTask(outputs.count(), tasks.threads(), rows / 24);
+    tasks.Run(outputs.count() * shares, [&](int64_t task) {
+      const int64_t o = task / shares, share = task % shares, width = outputs.width(o);
+      const int64_t begin = rows * share / shares, end = rows * (share + 1) / shares;
+      const Panels u(Blocks(width), kPoints, inputs.width(0));
+      const Panels p(Blocks(width), kPoints, end - begin);
       const Scratch kernel(u.floats()), products(p.floats());
       for (int64_t c = 0; c < inputs.count(); ++c) {
         TransformKernel<m>(conv.kernel, inputs.first(c), inputs.channels(c), outputs, o, u.Point(0),
                            kernel.data());
         for (int64_t point = 0; point < kPoints; ++point) {
-          MultiplyPoint(v, in.data(), c, point, rows, u.At(kernel.data(), 0, point), width,
+          MultiplyPoint(v.At(in.data(), c, point) + begin * inputs.width(c), inputs.width(c),
+                        inputs.channels(c), u.At(kernel.data(), 0, point), width, end - begin,
                         p.At(products.data(), 0, point), c > 0);
         }
       }
-      TransformOutputs<m>(products.data(), p.Point(0), tiles, first, first + rows, outputs, o,
-                          conv.out);
+      TransformOutputs<m>(products.data(), p.Point(0), tiles, first + begin, first + end, outputs,
+                          o, conv.out);
     });
   }
 }
@@ -422,10 +431,10 @@ void ConvolveWinograd(Tasks& tasks, const Convolution& conv) {
   }
 }
 
-// sums (channels of a block of inputs, width) (+)= V^T @ D at one point, over `rows` tiles.
-inline void AddPoint(const float* in, int64_t in_width, int64_t channels, const float* dy,
-                     int64_t width, const std::vector<int64_t>& in_offsets,
-                     const std::vector<int64_t>& dy_offsets, int64_t rows, float* sums, bool add) {
+// sums (channels, width) (+)= V^T @ D at one point: for each tile, where its row of V and of D is.
+inline void AddPoint(const float* in, const std::vector<int64_t>& in_offsets, int64_t channels,
+                     const float* dy, const std::vector<int64_t>& dy_offsets, int64_t width,
+                     float* sums, bool add) {
   constexpr int64_t kTilesAtOnce = 128;  // 32 KiB of D stay in the L1 cache
   OuterProduct product;
   product.x = in;
@@ -433,6 +442,7 @@ inline void AddPoint(const float* in, int64_t in_width, int64_t channels, const 
   product.sums = sums;
   product.sums_row = width;
   product.last = kLanes;
+  const int64_t rows = in_offsets.size();
   for (int64_t begin = 0; begin < rows; begin += kTilesAtOnce) {
     product.x_offsets = in_offsets.data() + begin;
     product.y_offsets = dy_offsets.data() + begin;
@@ -441,7 +451,6 @@ inline void AddPoint(const float* in, int64_t in_width, int64_t channels, const 
     WithVectors(width / kLanes,
                 [&](auto vectors) { AddOuterProducts<vectors>(channels, product); });
   }
-  (void)in_width;
 }
 
 inline std::vector<int64_t> Multiples(int64_t of, int64_t count) {
@@ -506,8 +515,8 @@ void KernelGradientTileBlocks(Tasks& tasks, const KernelGradient& gradient,
         for (int64_t c = 0; c < inputs.count(); ++c) {
           const auto in_offsets = Multiples(inputs.width(c), end - begin);
           for (int64_t point = 0; point < kPoints; ++point) {
-            AddPoint(v.At(in.data(), c, point), inputs.width(c), inputs.channels(c),
-                     d.At(dy.data(), o, point), width, in_offsets, dy_offsets, end - begin,
+            AddPoint(v.At(in.data(), c, point), in_offsets, inputs.channels(c),
+                     d.At(dy.data(), o, point), dy_offsets, width,
                      u.At(sum, o, point) + inputs.first(c) * width, b > first_block);
           }
         }
@@ -548,19 +557,23 @@ void KernelGradientTileGroups(Tasks& tasks, const KernelGradient& gradient,
       TransformOutputGradients<m>(gradient.out, tiles, first + begin, first + end, zeros, d, begin,
                                   dy.data());
     });
-    tasks.Run(outputs.count() * inputs.count(), [&](int64_t i) {
-      const int64_t o = i / inputs.count(), c = i % inputs.count();
+    const int64_t squares = outputs.count() * inputs.count();
+    const int64_t shares = SharesOfTask(squares, tasks.threads(), inputs.channels(0) / kTileRows);
+    tasks.Run(squares * shares, [&](int64_t task) {
+      const int64_t square = task / shares, share = task % shares;
+      const int64_t o = square / inputs.count(), c = square % inputs.count();
+      const int64_t begin = inputs.channels(c) * share / shares;
+      const int64_t channels = inputs.channels(c) * (share + 1) / shares - begin;
       const int64_t width = outputs.width(o);
-      const Panels u(Blocks(width), kPoints, inputs.channels(c));
+      const Panels u(Blocks(width), kPoints, channels);
       const Scratch sums(u.floats());
       const auto in_offsets = Multiples(inputs.width(c), rows);
       const auto dy_offsets = Multiples(width, rows);
       for (int64_t point = 0; point < kPoints; ++point) {
-        AddPoint(v.At(in.data(), c, point), inputs.width(c), inputs.channels(c),
-                 d.At(dy.data(), o, point), width, in_offsets, dy_offsets, rows,
-                 u.At(sums.data(), 0, point), false);
+        AddPoint(v.At(in.data(), c, point) + begin, in_offsets, channels,
+                 d.At(dy.data(), o, point), dy_offsets, width, u.At(sums.data(), 0, point), false);
       }
-      TransformKernelGradient<m>({sums.data()}, u.Point(0), inputs.channels(c), inputs.first(c),
+      TransformKernelGradient<m>({sums.data()}, u.Point(0), channels, inputs.first(c) + begin,
                                  outputs, o, gradient.kernel, group > 0);
     });
   }
