@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <memory>
 #include <vector>
 
 #include "geometry.h"
@@ -162,84 +160,132 @@ struct Taps {
   int64_t depth;  // inputs of a tap
 };
 
-// The input channels in even parts, so that a part's weights for a block of outputs fit the slab.
+// Channels in even parts of at most `most`.
 struct ChannelParts {
-  explicit ChannelParts(int64_t channels, int64_t most)
+  ChannelParts(int64_t channels, int64_t most)
       : channels(channels), count(CeilDiv(channels, std::max<int64_t>(1, most))) {}
+
   int64_t first(int64_t i) const { return channels * i / count; }
   int64_t size(int64_t i) const { return first(i + 1) - first(i); }
+  int64_t most() const { return CeilDiv(channels, count); }
 
   int64_t channels, count;
+};
+
+// The weights in the order in which tiles read them: slabs (tap, channel, output), one for each
+// block of outputs and part of the input channels.
+class Slabs {
+ public:
+  Slabs(Tasks& tasks, const Kernel<const float>& kernel, const Blocks& outputs)
+      : parts(kernel.inputs, kSlabFloats / (kernel.h * kernel.w * outputs.width(0))),
+        kernel_(kernel),
+        outputs_(outputs),
+        packed_(kernel.h * kernel.w * kernel.inputs * outputs.all_width()) {
+    tasks.Run(outputs.count() * parts.count, [&](int64_t i) {
+      const int64_t o = i / parts.count, part = i % parts.count;
+      float* to = At(o, part);
+      for (int64_t y = 0; y < kernel.h; ++y) {
+        for (int64_t x = 0; x < kernel.w; ++x, to += parts.size(part) * outputs.width(o)) {
+          PackKernel(kernel, y, x, parts.first(part), parts.size(part), outputs.first(o),
+                     outputs.width(o), to);
+        }
+      }
+    });
+  }
+
+  float* At(int64_t o, int64_t part) const {
+    const int64_t before =
+        outputs_.first(o) * kernel_.inputs + outputs_.width(o) * parts.first(part);
+    return packed_.data() + kernel_.h * kernel_.w * before;
+  }
+
+  ChannelParts parts;
+
+ private:
+  const Kernel<const float>& kernel_;
+  const Blocks& outputs_;
+  Scratch packed_;
 };
 
 inline void ConvolveDirect(Tasks& tasks, const Convolution& conv) {
   const Kernel<const float>& kernel = conv.kernel;
   if (conv.out.empty()) return;
-  const int64_t tap_count = kernel.h * kernel.w;
-  if (tap_count * kernel.inputs == 0) return FillZeros(conv.out);
+  if (kernel.h * kernel.w * kernel.inputs == 0) return FillZeros(conv.out);
 
   const Blocks outputs(kernel.outputs);
-  const ChannelParts parts(kernel.inputs, kSlabFloats / (tap_count * outputs.width(0)));
+  const Slabs slabs(tasks, kernel, outputs);
   const PixelBlocks blocks(conv, kernel.inputs, kBlockPixels, 2 * tasks.threads());
   const BlockInput input(conv, blocks, kernel.inputs);
   const auto out_offsets = blocks.Offsets(conv.out.image, conv.out.row, conv.out.pixel);
-
-  // packed[block of outputs][part of the channels][tap][channel][output]
-  Scratch packed(tap_count * kernel.inputs * outputs.all_width());
-  const auto slab = [&](int64_t o, int64_t part) {
-    const int64_t before = outputs.first(o) * kernel.inputs + outputs.width(o) * parts.first(part);
-    return packed.data() + tap_count * before;
-  };
-  tasks.Run(outputs.count() * parts.count, [&](int64_t i) {
-    const int64_t o = i / parts.count, part = i % parts.count;
-    float* to = slab(o, part);
-    for (int64_t t = 0; t < tap_count; ++t) {
-      PackKernel(kernel, t / kernel.w, t % kernel.w, parts.first(part), parts.size(part),
-                 outputs.first(o), outputs.width(o), to);
-      to += parts.size(part) * outputs.width(o);
-    }
-  });
-
   // Where the blocks are too few for the threads, these share the outputs of each block as well.
-  const int64_t shares = std::clamp<int64_t>(CeilDiv(2 * tasks.threads(), blocks.count()), 1,
-                                             outputs.count());
+  const int64_t shares =
+      std::clamp<int64_t>(CeilDiv(2 * tasks.threads(), blocks.count()), 1, outputs.count());
+
   tasks.Run(blocks.count() * shares, [&](int64_t task) {
     const PixelBlocks::Block block = blocks.At(task / shares);
     const int64_t share = task % shares;
     const Scratch copy(input.copy_floats);
     const float* in = input.Prepare(block, 0, copy.data());
     float* out = conv.out.At(block.image, block.row, 0);
-    const int64_t pixels = block.pixels(conv.out.w);
     for (int64_t o = outputs.count() * share / shares;
          o < outputs.count() * (share + 1) / shares; ++o) {
-      for (int64_t part = 0; part < parts.count; ++part) {
-        const Taps taps(kernel, input, parts.size(part));
+      for (int64_t part = 0; part < slabs.parts.count; ++part) {
+        const Taps taps(kernel, input, slabs.parts.size(part));
         Product product;
         product.taps = taps.offsets.data();
         product.tap_count = taps.offsets.size();
         product.depth = taps.depth;
-        product.weights = slab(o, part);
+        product.weights = slabs.At(o, part);
         product.last = outputs.last(o);
         product.add = part > 0;
-        WithVectors(outputs.vectors(o), [&](auto vectors) {
-          constexpr int kRows = TileRows(vectors);
-          for (int64_t p = 0; p < pixels; p += kRows) {
-            const int64_t rows = std::min<int64_t>(kRows, pixels - p);
-            for (int64_t r = 0; r < rows; ++r) {
-              product.rows[r] = in + input.offsets[p + r] + parts.first(part);
-              product.sums[r] = out + out_offsets[p + r] + outputs.first(o);
-            }
-            Multiply<vectors>(rows, product);
-          }
-        });
+        Multiply(
+            block.pixels(conv.out.w), outputs.vectors(o), product,
+            [&](int64_t i) { return in + input.offsets[i] + slabs.parts.first(part); },
+            [&](int64_t i) { return out + out_offsets[i] + outputs.first(o); });
       }
     }
   });
 }
 
-constexpr int64_t kGradientPixels = 512;         // that a tile of sums adds before it is stored
-constexpr int64_t kGradientChannels = 64;        // of the input in a block
-constexpr int64_t kMostPrivateFloats = 4 << 20;  // sums of the kernel that threads keep apart
+constexpr int64_t kGradientPixels = 512;       // that a tile of sums adds before it is stored
+constexpr int64_t kGradientChannels = 64;      // of the input in a block
+constexpr int64_t kMostApartFloats = 4 << 20;  // sums that threads keep apart, all together
+
+// Several sums of one kernel, to be filled by several threads: the first is the kernel itself.
+class SumsApart {
+ public:
+  SumsApart(const Kernel<float>& kernel, int64_t count)
+      : kernel_(kernel),
+        count_(count),
+        floats_(kernel.h * kernel.w * kernel.inputs * kernel.outputs),
+        others_((count - 1) * floats_) {}
+
+  Kernel<float> At(int64_t i) const {
+    if (i == 0) return kernel_;
+    const int64_t column = kernel_.inputs * kernel_.outputs;
+    return {others_.data() + (i - 1) * floats_, kernel_.h, kernel_.w, kernel_.inputs,
+            kernel_.outputs, kernel_.w * column, column, kernel_.outputs, 1};
+  }
+
+  void AddToFirst(Tasks& tasks) const {
+    if (count_ == 1) return;
+    tasks.RunParts(kernel_.h * kernel_.w * kernel_.inputs, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t in = i % kernel_.inputs, tap = i / kernel_.inputs;
+        float* to = kernel_.At(tap / kernel_.w, tap % kernel_.w, in, 0);
+        for (int64_t other = 0; other < count_ - 1; ++other) {
+          const float* from = others_.data() + other * floats_ + i * kernel_.outputs;
+          for (int64_t o = 0; o < kernel_.outputs; ++o) to[o] += from[o];
+        }
+      }
+    });
+  }
+
+ private:
+  Kernel<float> kernel_;
+  int64_t count_, floats_;
+  Scratch others_;
+};
 
 inline void KernelGradientDirect(Tasks& tasks, const KernelGradient& gradient) {
   const Kernel<float>& kernel = gradient.kernel;
@@ -248,29 +294,23 @@ inline void KernelGradientDirect(Tasks& tasks, const KernelGradient& gradient) {
   if (floats == 0) return;
   if (dy.empty()) return FillZeros(kernel);
 
+  // Threads share the pixels, each with sums of its own, or the channels where these sums are large
+  // or the channels share out evenly.
+  const bool large = floats * tasks.threads() > kMostApartFloats;
+  const ChannelParts parts(
+      kernel.inputs, large ? std::clamp<int64_t>(CeilDiv(kernel.inputs, tasks.threads()),
+                                                 kTileRows, kGradientChannels)
+                           : kGradientChannels);
+  const PixelBlocks blocks(gradient, parts.most(), kGradientPixels, tasks.threads());
+  const bool share_pixels = !large && parts.count % tasks.threads() != 0;
+  const int64_t shares = share_pixels ? std::min(tasks.threads(), blocks.count()) : 1;
+  const SumsApart sums(kernel, shares);
   const Blocks outputs(kernel.outputs);
-  const ChannelParts parts(kernel.inputs, kGradientChannels);
-  const PixelBlocks blocks(gradient, CeilDiv(kernel.inputs, parts.count), kGradientPixels,
-                           tasks.threads());
-
-  // Where the channels do not share out evenly, the threads share the pixels and sum apart.
-  int64_t shares = 1;
-  if (parts.count % tasks.threads() != 0) {
-    shares = std::clamp<int64_t>(kMostPrivateFloats / floats, 1,
-                                 std::min(tasks.threads(), blocks.count()));
-  }
-  const Scratch apart((shares - 1) * floats);
-  const auto sums = [&](int64_t share) -> Kernel<float> {
-    if (share == 0) return kernel;
-    const int64_t column = kernel.inputs * kernel.outputs;
-    return {apart.data() + (share - 1) * floats, kernel.h, kernel.w, kernel.inputs, kernel.outputs,
-            kernel.w * column, column, kernel.outputs, 1};
-  };
-
   const auto dy_offsets = blocks.Offsets(dy.image, dy.row, dy.pixel);
+
   tasks.Run(parts.count * shares, [&](int64_t task) {
     const int64_t part = task / shares, share = task % shares;
-    const Kernel<float> sum = sums(share);
+    const Kernel<float> sum = sums.At(share);
     const BlockInput input(gradient, blocks, parts.size(part));
     const Taps taps(kernel, input, parts.size(part));
     const int64_t taps_of_row = taps.offsets.size() / kernel.h;
@@ -290,28 +330,15 @@ inline void KernelGradientDirect(Tasks& tasks, const KernelGradient& gradient) {
         product.last = outputs.last(o);
         for (int64_t t = 0; t < int64_t(taps.offsets.size()); ++t) {
           product.x = in + taps.offsets[t];
-          product.sums = sum.At(t / taps_of_row, t % taps_of_row, parts.first(part),
-                                outputs.first(o));
-          WithVectors(outputs.vectors(o),
-                      [&](auto vectors) { AddOuterProducts<vectors>(taps.depth, product); });
+          product.sums =
+              sum.At(t / taps_of_row, t % taps_of_row, parts.first(part), outputs.first(o));
+          AddOuterProducts(taps.depth, outputs.vectors(o), product);
         }
       }
       product.add = true;
     }
   });
-
-  if (shares > 1) {
-    tasks.RunParts(kernel.h * kernel.w * kernel.inputs, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t in = i % kernel.inputs, tap = i / kernel.inputs;
-        float* to = kernel.At(tap / kernel.w, tap % kernel.w, in, 0);
-        for (int64_t share = 1; share < shares; ++share) {
-          const float* from = apart.data() + (share - 1) * floats + i * kernel.outputs;
-          for (int64_t o = 0; o < kernel.outputs; ++o) to[o] += from[o];
-        }
-      }
-    });
-  }
+  sums.AddToFirst(tasks);
 }
 
 }  // namespace flaxcls

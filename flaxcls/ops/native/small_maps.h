@@ -1,6 +1,6 @@
 // Convolution of maps so small that most taps of most pixels fall on padding: the rows of a tile
 // are the same pixel of several images, and taps outside the map are left out.
-// 3x3 on 2x2 maps: 4 taps of 9 for each pixel. See ConvolveSmallMaps in convolution.py for times.
+// 3x3 on 2x2 maps: 4 taps of 9 for each pixel. Times are in convolution.py.
 #pragma once
 
 #include <algorithm>
@@ -37,68 +37,91 @@ inline Range TapsUsed(int64_t outputs, int64_t step, int64_t before, int64_t tap
   return used;
 }
 
+// One block of outputs of a small-map convolution; the inputs are taken in parts of the channels.
+class SmallMapBlock {
+ public:
+  SmallMapBlock(const Convolution& conv, const Blocks& outputs, int64_t o)
+      : used_h(TapsUsed(conv.out.h, conv.step_h, conv.top, conv.kernel.h, conv.in.h)),
+        used_w(TapsUsed(conv.out.w, conv.step_w, conv.left, conv.kernel.w, conv.in.w)),
+        parts(conv.kernel.inputs, kSlabFloats / std::max<int64_t>(1, taps() * outputs.width(0))),
+        conv_(conv),
+        outputs_(outputs),
+        o_(o),
+        slab_(taps() * parts.most() * outputs.width(o)) {
+    for (int64_t x = 0; x < used_w.size(); ++x) tap_offsets_.push_back(x * conv.in.pixel);
+  }
+
+  // Packs the weights of one part of the channels, of the taps that any pixel uses.
+  void Pack(int64_t part) const {
+    float* to = slab_.data();
+    for (int64_t a = used_h.begin; a < used_h.end; ++a) {
+      for (int64_t b = used_w.begin; b < used_w.end; ++b, to += TapFloats(part)) {
+        PackKernel(conv_.kernel, a, b, parts.first(part), parts.size(part), outputs_.first(o_),
+                   outputs_.width(o_), to);
+      }
+    }
+  }
+
+  // Adds that part to output pixel (y, x) of some images.
+  void Add(int64_t part, int64_t y, int64_t x, const Range& images) const {
+    const Images<const float>& in = conv_.in;
+    const Images<float>& out = conv_.out;
+    const Range rows = TapsInside(y, conv_.step_h, conv_.top, conv_.kernel.h, in.h);
+    const Range columns = TapsInside(x, conv_.step_w, conv_.left, conv_.kernel.w, in.w);
+    const auto to = [&](int64_t i) { return out.At(images.begin + i, y, x) + outputs_.first(o_); };
+    if (rows.size() * columns.size() == 0) {
+      for (int64_t i = 0; i < images.size(); ++i) std::fill_n(to(i), outputs_.channels(o_), 0.0f);
+      return;
+    }
+    Product product;
+    product.taps = tap_offsets_.data();
+    product.tap_count = columns.size();
+    product.depth = parts.size(part);
+    product.last = outputs_.last(o_);
+    product.add = part > 0;
+    for (int64_t a = rows.begin; a < rows.end; ++a) {
+      const int64_t tap = (a - used_h.begin) * used_w.size() + columns.begin - used_w.begin;
+      product.weights = slab_.data() + tap * TapFloats(part);
+      const float* from = in.At(images.begin, y * conv_.step_h - conv_.top + a,
+                                x * conv_.step_w - conv_.left + columns.begin);
+      Multiply(
+          images.size(), outputs_.vectors(o_), product,
+          [&](int64_t i) { return from + i * in.image + parts.first(part); }, to);
+      product.add = true;
+    }
+  }
+
+  int64_t taps() const { return used_h.size() * used_w.size(); }
+
+  const Range used_h, used_w;
+  const ChannelParts parts;
+
+ private:
+  int64_t TapFloats(int64_t part) const { return parts.size(part) * outputs_.width(o_); }
+
+  const Convolution& conv_;
+  const Blocks& outputs_;
+  const int64_t o_;
+  const Scratch slab_;
+  std::vector<int64_t> tap_offsets_;
+};
+
 inline void ConvolveSmallMaps(Tasks& tasks, const Convolution& conv) {
-  const Kernel<const float>& kernel = conv.kernel;
-  const Images<const float>& in = conv.in;
   const Images<float>& out = conv.out;
   if (out.empty()) return;
-  const Range used_h = TapsUsed(out.h, conv.step_h, conv.top, kernel.h, in.h);
-  const Range used_w = TapsUsed(out.w, conv.step_w, conv.left, kernel.w, in.w);
-  const int64_t tap_count = used_h.size() * used_w.size();
-  if (tap_count * kernel.inputs == 0) return FillZeros(out);
+  if (conv.kernel.h * conv.kernel.w * conv.kernel.inputs == 0) return FillZeros(out);
 
-  const Blocks outputs(kernel.outputs);
-  const ChannelParts parts(kernel.inputs, kSlabFloats / (tap_count * outputs.width(0)));
-  const int64_t shares =  // of the images
-      std::clamp<int64_t>(CeilDiv(2 * tasks.threads(), outputs.count()), 1, CeilDiv(out.n, 6));
-  std::vector<int64_t> tap_offsets;
-  for (int64_t x = 0; x < used_w.size(); ++x) tap_offsets.push_back(x * in.pixel);
-
+  const Blocks outputs(conv.kernel.outputs);
+  const int64_t shares = std::clamp<int64_t>(CeilDiv(2 * tasks.threads(), outputs.count()), 1,
+                                             CeilDiv(out.n, kTileRows));  // of the images
   tasks.Run(outputs.count() * shares, [&](int64_t task) {
-    const int64_t o = task / shares, share = task % shares;
-    const int64_t first = out.n * share / shares, end = out.n * (share + 1) / shares;
-    const int64_t width = outputs.width(o);
-    const Scratch slab(tap_count * CeilDiv(kernel.inputs, parts.count) * width);
-    Product product;
-    product.taps = tap_offsets.data();
-    product.last = outputs.last(o);
-    for (int64_t part = 0; part < parts.count; ++part) {
-      product.depth = parts.size(part);
-      float* to = slab.data();
-      for (int64_t a = used_h.begin; a < used_h.end; ++a) {
-        for (int64_t b = used_w.begin; b < used_w.end; ++b, to += product.depth * width) {
-          PackKernel(kernel, a, b, parts.first(part), product.depth, outputs.first(o), width, to);
-        }
-      }
+    const int64_t share = task % shares;
+    const Range images = {out.n * share / shares, out.n * (share + 1) / shares};
+    const SmallMapBlock block(conv, outputs, task / shares);
+    for (int64_t part = 0; part < block.parts.count; ++part) {
+      block.Pack(part);
       for (int64_t y = 0; y < out.h; ++y) {
-        const Range rows = TapsInside(y, conv.step_h, conv.top, kernel.h, in.h);
-        for (int64_t x = 0; x < out.w; ++x) {
-          const Range columns = TapsInside(x, conv.step_w, conv.left, kernel.w, in.w);
-          const bool outside = rows.size() * columns.size() == 0;
-          if (outside && part > 0) continue;
-          product.tap_count = outside ? 0 : columns.size();
-          product.add = part > 0;
-          const Range each = outside ? Range{0, 1} : rows;  // no tap inside: sums of nothing
-          for (int64_t a = each.begin; a < each.end; ++a) {
-            const int64_t tap = (a - used_h.begin) * used_w.size() + columns.begin - used_w.begin;
-            product.weights = slab.data() + tap * product.depth * width;
-            const int64_t from =
-                (y * conv.step_h - conv.top + a) * in.row +
-                (x * conv.step_w - conv.left + columns.begin) * in.pixel + parts.first(part);
-            WithVectors(outputs.vectors(o), [&](auto vectors) {
-              constexpr int kRows = TileRows(vectors);
-              for (int64_t i = first; i < end; i += kRows) {
-                const int64_t count = std::min<int64_t>(kRows, end - i);
-                for (int64_t r = 0; r < count; ++r) {
-                  product.rows[r] = in.data + (i + r) * in.image + from;
-                  product.sums[r] = out.At(i + r, y, x) + outputs.first(o);
-                }
-                Multiply<vectors>(count, product);
-              }
-            });
-            product.add = true;
-          }
-        }
+        for (int64_t x = 0; x < out.w; ++x) block.Add(part, y, x, images);
       }
     }
   });
@@ -142,8 +165,7 @@ inline void KernelGradientSmallMaps(Tasks& tasks, const KernelGradient& gradient
         product.y_offsets = dy_offsets.data() + begin;
         product.count = std::min(kGradientPixels, all - begin);
         product.add = begin > 0;
-        WithVectors(outputs.vectors(o),
-                    [&](auto vectors) { AddOuterProducts<vectors>(parts.size(part), product); });
+        AddOuterProducts(parts.size(part), outputs.vectors(o), product);
       }
     }
   });

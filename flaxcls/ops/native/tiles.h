@@ -9,7 +9,7 @@
 
 namespace flaxcls {
 
-constexpr int kMostRows = 8;  // each row has a pointer of its own, and x86 has 16 registers for them
+constexpr int kMostRows = 8;  // each has a pointer of its own, and x86 has 16 registers for them
 
 constexpr int TileRows(int vectors) {
   return std::min(kMostRows, kTileRows * kTileVectors / vectors);
@@ -98,11 +98,28 @@ __attribute__((noinline)) void MultiplyTile(const Product& p) {
 
 // MultiplyTile for 1 <= rows <= TileRows(kVectors).
 template <int kVectors, int kRows = TileRows(kVectors)>
-inline void Multiply(int64_t rows, const Product& p) {
+inline void MultiplyFew(int64_t rows, const Product& p) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return Multiply<kVectors, kRows - 1>(rows, p);
+    if (rows < kRows) return MultiplyFew<kVectors, kRows - 1>(rows, p);
   }
   MultiplyTile<kRows, kVectors>(p);
+}
+
+// The product of any number of rows: row(i) is where row i reads, and sum(i) where it adds.
+template <class Row, class Sum>
+inline void Multiply(int64_t rows, int64_t vectors, Product product, const Row& row,
+                     const Sum& sum) {
+  WithVectors(vectors, [&](auto kVectors) {
+    constexpr int kRows = TileRows(kVectors);
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const int64_t count = std::min<int64_t>(kRows, rows - i);
+      for (int64_t r = 0; r < count; ++r) {
+        product.rows[r] = row(i + r);
+        product.sums[r] = sum(i + r);
+      }
+      MultiplyFew<kVectors>(count, product);
+    }
+  });
 }
 
 // sums[r][:] (+)= sum over i < count of x[x_offsets[i] + r] * y[y_offsets[i]][:].
@@ -152,26 +169,28 @@ __attribute__((noinline)) void OuterTile(const OuterProduct& p) {
   }
 }
 
+// OuterTile for 1 <= rows <= TileRows(kVectors).
 template <int kVectors, int kRows = TileRows(kVectors)>
-inline void OuterRows(int64_t rows, const OuterProduct& p) {
+inline void OuterFew(int64_t rows, const OuterProduct& p) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return OuterRows<kVectors, kRows - 1>(rows, p);
+    if (rows < kRows) return OuterFew<kVectors, kRows - 1>(rows, p);
   }
   OuterTile<kRows, kVectors>(p);
 }
 
 // The outer products of any number of rows, in tiles as even as can be: 9 rows of 6 are 5 + 4.
-template <int kVectors>
-inline void AddOuterProducts(int64_t rows, OuterProduct p) {
-  const float* x = p.x;
-  float* sums = p.sums;
-  const int64_t tiles = CeilDiv(rows, TileRows(kVectors));
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t begin = rows * i / tiles;
-    p.x = x + begin;
-    p.sums = sums + begin * p.sums_row;
-    OuterRows<kVectors>(rows * (i + 1) / tiles - begin, p);
-  }
+inline void AddOuterProducts(int64_t rows, int64_t vectors, OuterProduct product) {
+  const float* x = product.x;
+  float* sums = product.sums;
+  WithVectors(vectors, [&](auto kVectors) {
+    const int64_t tiles = CeilDiv(rows, TileRows(kVectors));
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t begin = rows * i / tiles;
+      product.x = x + begin;
+      product.sums = sums + begin * product.sums_row;
+      OuterFew<kVectors>(rows * (i + 1) / tiles - begin, product);
+    }
+  });
 }
 
 }  // namespace flaxcls

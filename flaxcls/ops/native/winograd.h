@@ -1,8 +1,8 @@
-// Winograd's convolution for 3x3 kernels and steps of 1: F(m x m, 3 x 3) of
-//   Lavin, Gray: Fast Algorithms for Convolutional Neural Networks (2016), https://arxiv.org/abs/1509.09308
-// computes tiles of m x m outputs with (m + 2)^2 multiplications instead of 9 m^2: 2.25 times fewer
-// for m = 2, 4 times for m = 4. With V the transformed inputs, U the transformed kernel and M the
-// transformed outputs, each of the (m + 2)^2 points is a matrix product of its own:
+// Winograd's convolution for 3x3 kernels and steps of 1: F(m x m, 3 x 3) of Lavin, Gray: Fast
+// Algorithms for Convolutional Neural Networks (2016), https://arxiv.org/abs/1509.09308, computes
+// tiles of m x m outputs with (m + 2)^2 multiplications instead of 9 m^2: 2.25 times fewer for m = 2,
+// 4 times for m = 4. With V the transformed inputs, U the transformed kernel and M the transformed
+// outputs, each of the (m + 2)^2 points is a matrix product of its own:
 //   M[point] (tiles, outputs) = V[point] (tiles, inputs) @ U[point] (inputs, outputs)
 #pragma once
 
@@ -307,17 +307,8 @@ inline void MultiplyPoint(const float* in, int64_t in_width, int64_t channels,
   product.weights = weights;
   product.last = kLanes;
   product.add = add;
-  WithVectors(width / kLanes, [&](auto vectors) {
-    constexpr int kRows = TileRows(vectors);
-    for (int64_t i = 0; i < rows; i += kRows) {
-      const int64_t count = std::min<int64_t>(kRows, rows - i);
-      for (int64_t r = 0; r < count; ++r) {
-        product.rows[r] = in + (i + r) * in_width;
-        product.sums[r] = sums + (i + r) * width;
-      }
-      Multiply<vectors>(count, product);
-    }
-  });
+  Multiply(rows, width / kLanes, product, [&](int64_t i) { return in + i * in_width; },
+           [&](int64_t i) { return sums + i * width; });
 }
 
 // Up to this size U, or its gradient, is kept whole and blocks of tiles pass by it; beyond, a group
@@ -448,8 +439,7 @@ inline void AddPoint(const float* in, const std::vector<int64_t>& in_offsets, in
     product.y_offsets = dy_offsets.data() + begin;
     product.count = std::min(kTilesAtOnce, rows - begin);
     product.add = add || begin > 0;
-    WithVectors(width / kLanes,
-                [&](auto vectors) { AddOuterProducts<vectors>(channels, product); });
+    AddOuterProducts(channels, width / kLanes, product);
   }
 }
 
