@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -308,6 +309,9 @@ def _start(command: Command) -> str:
     """Sets the process up and starts JAX; returns what became of the allocator, for the log."""
     memory = ops.prepare_process()  # before JAX starts its threads
     _start_jax(command.config, command.flags)
+    if command.flags.mode in ("train", "evaluate"):
+        # The first start on a machine compiles the native operators, while the data are read.
+        threading.Thread(target=ops.native_status, daemon=True).start()
     return memory
 
 

@@ -103,6 +103,9 @@ def _key(command: tuple[str, ...]) -> str:
 
 def _compile(command: tuple[str, ...], library: Path) -> None:
     """Compiles to a file of its own and renames it: two processes may start at once."""
+    for abandoned in library.parent.glob("tmp*.so"):  # by a process that was killed
+        if time.time() - abandoned.stat().st_mtime > 2 * _TIMEOUT:
+            abandoned.unlink(missing_ok=True)
     handle, beside = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
