@@ -1,6 +1,6 @@
 // Winograd's convolution for 3x3 kernels and steps of 1: F(m x m, 3 x 3) of Lavin, Gray: Fast
 // Algorithms for Convolutional Neural Networks (2016), https://arxiv.org/abs/1509.09308, computes
-// tiles of m x m outputs with (m + 2)^2 multiplications instead of 9 m^2: 2.25 times fewer for m = 2,
+// tiles of m x m outputs with (m + 2)^2 multiplications, not 9 m^2: 2.25 times fewer for m = 2,
 // 4 times for m = 4. With V the transformed inputs, U the transformed kernel and M the transformed
 // outputs, each of the (m + 2)^2 points is a matrix product of its own:
 //   M[point] (tiles, outputs) = V[point] (tiles, inputs) @ U[point] (inputs, outputs)
