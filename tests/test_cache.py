@@ -31,6 +31,7 @@ def train(workdir: Path, caches: Path, **environment: str) -> str:
     command = (
         *(sys.executable, "-m", "flaxcls.main", "--config=lenet", f"--workdir={workdir}"),
         *("--config.train.epochs=1", "--config.log.plots=False", "--config.log.tensorboard=False"),
+        "--config.ops.backend=xla",  # or each new folder would have the native operators compiled
     )
     done = subprocess.run(
         command,
