@@ -7,7 +7,7 @@
 
 Each run is the main job in a process of its own, as a user would start it. The epoch that counts
 is picked by a fixed rule that never looks at the test split. Writes NAME.json, NAME.md and the
-curves of the first seed to benchmarks/results/.
+curves of the first seed to benchmarks/results/, and all results as one table to its README.md.
 """
 
 import argparse
@@ -206,6 +206,32 @@ def table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def overview() -> str:
+    """Returns all results that there are as one table of Markdown."""
+    lines = [
+        "# Published recipes, trained again",
+        "",
+        "Written by `benchmarks/reproductions.py NAME`; a page has every seed, and curves.",
+        "",
+        "| | config | accuracy | of | epoch picked by | seeds | published | training |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, experiment in EXPERIMENTS.items():
+        file = RESULTS / f"{name}.json"
+        if not file.exists():
+            continue
+        result = json.loads(file.read_text())
+        seconds = statistics.mean(run["train_seconds"] for run in result["runs"])
+        spread = f" ± {100 * result['std']:.2f}" if len(result["runs"]) > 1 else ""
+        published = "" if experiment.published is None else f"{100 * experiment.published:.2f} %"
+        lines.append(
+            f"| [{name}]({name}.md) | `{experiment.config}` | {100 * result['mean']:.2f}{spread} % "
+            f"| {experiment.split} | {experiment.rule} | {len(result['runs'])} | {published} "
+            f"| {seconds / 60:.1f} min |"
+        )
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=EXPERIMENTS)
@@ -231,6 +257,7 @@ def main() -> None:
     (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=2) + "\n")
     (RESULTS / f"{arguments.name}.md").write_text(table(arguments.name, result))
     shutil.copy(folders[0] / "plots" / "curves.png", RESULTS / f"{arguments.name}.png")
+    (RESULTS / "README.md").write_text(overview())
     print(table(arguments.name, result))
     if experiment.target is not None:
         reached = result["mean"] >= experiment.target
