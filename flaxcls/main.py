@@ -310,7 +310,9 @@ def _start(command: Command) -> str:
     memory = ops.prepare_process()  # before JAX starts its threads
     _start_jax(command.config, command.flags)
     if command.flags.mode in ("train", "evaluate"):
-        # The first start on a machine compiles the native operators, while the data are read.
+        if ops.native_is_pending():
+            print("compiling the native operators, once for this machine", flush=True)
+        # While the data are read.
         threading.Thread(target=ops.native_status, daemon=True).start()
     return memory
 

@@ -10,12 +10,14 @@ from flaxcls.ops.backend import (
     PRECISIONS,
     backend,
     compiler_options,
+    native_is_pending,
     native_status,
     precision,
     prepare_process,
     set_backend,
     set_precision,
     use_backend,
+    use_native,
 )
 from flaxcls.ops.cache import keep_compiled_programs
 from flaxcls.ops.conv import Conv, convolve
@@ -37,10 +39,12 @@ __all__ = [
     "convolve",
     "keep_compiled_programs",
     "max_pool",
+    "native_is_pending",
     "native_status",
     "precision",
     "prepare_process",
     "set_backend",
     "set_precision",
     "use_backend",
+    "use_native",
 ]

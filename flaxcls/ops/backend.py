@@ -13,7 +13,7 @@ from typing import Literal, cast
 import jax
 
 from flaxcls.errors import InputError, did_you_mean
-from flaxcls.ops.native.build import native
+from flaxcls.ops.native.build import has_compiler, is_compiled, native
 
 BACKENDS = ("auto", "xla", "native", "flax")
 
@@ -114,6 +114,11 @@ def native_status() -> str:
     if not _wants_native():
         return ""
     return native().said if jax.device_count() == 1 else "XLA's operators (several devices)"
+
+
+def native_is_pending() -> bool:
+    """Whether the first operator that is traced will wait until the native ones are compiled."""
+    return _wants_native() and jax.device_count() == 1 and has_compiler() and not is_compiled()
 
 
 def _wants_native() -> bool:

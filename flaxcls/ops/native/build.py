@@ -7,10 +7,10 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +29,9 @@ TARGETS: tuple[str, ...] = (
     "max_pool_forward",
     "max_pool_backward",
 )
-_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 _TIMEOUT = 300.0  # seconds
+_FAILURES = (OSError, RuntimeError, subprocess.SubprocessError, AttributeError)
 _one_at_a_time = threading.Lock()
 
 
@@ -52,6 +53,19 @@ def native() -> Native:
         return _native()
 
 
+def has_compiler() -> bool:
+    return _compiler() is not None
+
+
+def is_compiled() -> bool:
+    """Whether the user's cache holds them, so that `native` takes no time."""
+    compiler = _compiler()
+    try:
+        return compiler is not None and _library(_command(compiler)).exists()
+    except _FAILURES:
+        return False
+
+
 @functools.cache
 def _native() -> Native:
     began = time.monotonic()
@@ -59,8 +73,8 @@ def _native() -> Native:
     if compiler is None:
         return Native(False, "XLA's operators: no C++ compiler found (set CXX or install g++)")
     try:
-        command = (*compiler, *_FLAGS, _machine_flag(), f"-I{jax.ffi.include_dir()}")
-        library = cache_folder("native") / f"{_key(command)}.so"
+        command = _command(compiler)
+        library = _library(command)
         cached = library.exists()
         if not cached:
             _compile(command, library)
@@ -68,11 +82,19 @@ def _native() -> Native:
         for target in TARGETS:
             capsule = jax.ffi.pycapsule(getattr(loaded, target))
             jax.ffi.register_ffi_target(f"flaxcls_{target}", capsule, platform="cpu")
-    except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
+    except _FAILURES as error:
         return Native(False, f"XLA's operators: {_reason(error)}")
     if cached:
         return Native(True, "native operators")
     return Native(True, f"native operators, compiled in {time.monotonic() - began:.0f} s")
+
+
+def _command(compiler: tuple[str, ...]) -> tuple[str, ...]:
+    return (*compiler, *_FLAGS, _machine_flag(), f"-I{jax.ffi.include_dir()}")
+
+
+def _library(command: tuple[str, ...]) -> Path:
+    return cache_folder("native") / f"{_key(command)}.so"
 
 
 def _compiler() -> tuple[str, ...] | None:
@@ -90,9 +112,7 @@ def _machine_flag() -> str:
 
 def _key(command: tuple[str, ...]) -> str:
     """Changes with whatever the library depends on: sources, compiler, CPU, jaxlib's headers."""
-    version = subprocess.run(
-        [command[0], "--version"], capture_output=True, text=True, timeout=_TIMEOUT, check=True
-    ).stdout
+    version = _run((command[0], "--version"))
     digest = hashlib.sha256()
     for text in (*command, version, machine_key()):
         digest.update(text.encode() + b"\0")
@@ -102,23 +122,35 @@ def _key(command: tuple[str, ...]) -> str:
 
 
 def _compile(command: tuple[str, ...], library: Path) -> None:
-    """Compiles to a file of its own and renames it: two processes may start at once."""
-    for abandoned in library.parent.glob("tmp*.so"):  # by a process that was killed
+    """Compiles in a folder of its own and renames the result: two processes may start at once."""
+    for abandoned in library.parent.glob("building-*"):  # by a process that was killed
         if time.time() - abandoned.stat().st_mtime > 2 * _TIMEOUT:
-            abandoned.unlink(missing_ok=True)
-    handle, beside = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    os.close(handle)
-    try:
-        subprocess.run(
-            [*command, str(SOURCES / "native.cc"), "-o", beside],
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT,
-            check=True,
-        )
-        os.replace(beside, library)
-    finally:
-        Path(beside).unlink(missing_ok=True)
+            shutil.rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as folder:
+        sources = sorted(SOURCES.glob("*.cc"))
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor(len(sources)) as pool:
+            commands = [
+                (*command, "-c", str(source), "-o", made)
+                for source, made in zip(sources, objects, strict=True)
+            ]
+            list(pool.map(_run, commands))
+        made = f"{folder}/{library.name}"
+        _run((*command, "-shared", *objects, "-o", made))
+        os.replace(made, library)
+
+
+def _run(command: tuple[str, ...]) -> str:
+    """Runs a command and returns what it printed."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT,
+        check=True,
+    )
+    return done.stdout
 
 
 def _reason(error: Exception) -> str:
@@ -126,8 +158,3 @@ def _reason(error: Exception) -> str:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or ["no message"]
         return f"{error.cmd[0]} failed ({lines[0]})"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-if __name__ == "__main__":
-    print(native().said)
-    sys.exit(0 if native().usable else 1)

@@ -7,8 +7,6 @@
 //     dx = slope * (d - mean of d - xhat * mean of (d * xhat)),    xhat = (x - mean) / deviation.
 // Both directions read x twice: once for sums a channel, once for the pixels. Memory is what they
 // wait for, so whatever is done to a number between its load and its store is free.
-#pragma once
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -1,7 +1,5 @@
 // Max pooling over height and width of (N, H, W, C). The forward pass keeps the place of each
 // maximum, a byte, so that the backward pass reads neither map again.
-#pragma once
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -1,6 +1,4 @@
 // Convolution, NHWC by HWIO, float32, and its two gradients, as targets of jax.ffi.
-#pragma once
-
 #include <cstdint>
 #include <exception>
 #include <string>
