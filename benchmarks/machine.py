@@ -14,8 +14,11 @@ import jax
 PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
 
 
-def describe(devices: Sequence[str]) -> dict[str, Any]:
-    """Returns processor, cores, load, the devices given and versions."""
+def describe(devices: Sequence[str], *others: str) -> dict[str, Any]:
+    """Returns processor, cores, load, the devices given and versions, also those of `others`.
+
+    The version of a package that is not installed is None.
+    """
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
@@ -25,7 +28,7 @@ def describe(devices: Sequence[str]) -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "devices": list(devices),
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        **{package: _version(package) for package in (*PACKAGES, *others)},
     }
 
 
@@ -59,3 +62,10 @@ def sentence(described: dict[str, Any]) -> str:
             f"JAX {described['jax']}",
         ]
     )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
