@@ -176,6 +176,7 @@ class Comparison:
       best: the fastest PyTorch, perhaps the same, or None.
       notes: by backend, what is to be said of its row.
       torch_notes: what is to be said of PyTorch's side.
+      torch_tried: its variants with the times of their short trials.
     """
 
     flaxcls: dict[str, Runner] = dataclasses.field(default_factory=dict)
@@ -183,6 +184,7 @@ class Comparison:
     best: Runner | None = None
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     torch_notes: list[str] = dataclasses.field(default_factory=list)
+    torch_tried: list[str] = dataclasses.field(default_factory=list)
 
 
 def compare(question: Question, settings: Settings, end: float) -> Comparison:
@@ -317,6 +319,7 @@ def _try_variant(
         result.torch_notes.append(f"{runner.said}: {error}")
         theirs.pop(variant).end()
         return best
+    result.torch_tried.append(f"{runner.said}: {1000 * runner.step_seconds:.2f} ms")
     if variant == best or best not in theirs:
         return variant
     slower = variant if runner.step_seconds > theirs[best].step_seconds else best

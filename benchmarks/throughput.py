@@ -154,6 +154,7 @@ def row_of(
         "torch_fastest_ms": 1000 * min(best.times) if best else None,
         "note": found.notes.get(backend),
         "torch_note": "; ".join(found.torch_notes) or None,
+        "torch_tried": "; ".join(found.torch_tried) or None,
         "device": ours.about["device"],
         "tf32": ours.about["platform"] != "cpu" and question.dtype == "float32",
         **about,
@@ -345,7 +346,8 @@ def main(command: Sequence[str]) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.threads])
     questions = questions_of(arguments)
     said = f"python benchmarks/throughput.py {' '.join(command)}".strip()
-    about = machine.describe("torch") | {"threads": settings.threads, "command": said}
+    about = machine.describe([], "torch") | {"threads": settings.threads, "command": said}
+    del about["devices"]  # each row names its own
     if not has_torch:
         about["torch"] = None
         print("no PyTorch here, or it is not wanted: its columns stay empty")
