@@ -2,7 +2,10 @@
 
 The text after the colon is adam, focal, rmsprop or adamw. Split, batch and the rule that picks the
 epoch are those of fashion_net0; the learning rate is 1e-3 as published for batches of 64 sketches,
-falling along a cosine over 8 epochs.
+falling along a cosine over 8 epochs. The focal loss is the published one, summed.
+
+Test accuracy of adam, focal, rmsprop and adamw: 91.25, 90.41, 91.07, 91.02 % (one seed, 4 to 5
+minutes on one CPU core).
 
     python -m flaxcls.main --config=fashion/like_vgg:adamw --config.data.path=DIR
 """
