@@ -70,7 +70,7 @@ def _tensorboard() -> SimpleNamespace:
 
 def _event(record: Record) -> Any:
     values = dict(scalars(record))
-    for name in ("learning_rate", "images_per_second", "wait_share"):
+    for name in ("learning_rate", "images_per_second", "wait_share", "peak_memory_bytes"):
         if record.get(name) is not None:
             values[name] = float(record[name])
     library = _tensorboard()

@@ -30,6 +30,7 @@ _BOOKKEEPING = {
     "seconds",
     "images_per_second",
     "wait_share",
+    "peak_memory_bytes",
 }
 _SCORES = ("accuracy", "top_", "precision", "recall", "f1", "errors_within_parent")
 

@@ -27,6 +27,7 @@ from flaxcls.history import (
     scalars,
     verdict,
 )
+from flaxcls.memory import describe_bytes
 
 WAIT_LIMIT = 0.1
 
@@ -263,6 +264,8 @@ def epoch_line(records: Sequence[Record], *, epochs: int, best: bool = False) ->
         parts.append(f"{train['images_per_second']:.0f} img/s")
     if train.get("wait_share") is not None:
         parts.append(f"waited {100 * train['wait_share']:.0f} % for data")
+    if train.get("peak_memory_bytes") is not None:
+        parts.append(f"peak memory {describe_bytes(train['peak_memory_bytes'])}")
     parts.append(duration(sum(record.get("seconds") or 0.0 for record in records)))
     return "  ".join([*parts, "best"] if best else parts)
 

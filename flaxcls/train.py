@@ -25,6 +25,7 @@ from flaxcls.errors import InputError, another_workdir, out_of_memory
 from flaxcls.evaluate import Evaluator
 from flaxcls.experiment import Experiment, for_training, imported_weights
 from flaxcls.history import Record, best_record, metric_mode, should_stop
+from flaxcls.memory import peak_memory
 from flaxcls.optimizers import plateau_scale
 from flaxcls.progress import Progress
 from flaxcls.results import RunFiles, other_data
@@ -400,6 +401,7 @@ class Loop:
             "seconds": seconds,
             "images_per_second": images / seconds,
             "wait_share": clock.waited / seconds,
+            "peak_memory_bytes": peak_memory(),
         }
 
     def _validate(self, epoch: int) -> Record:

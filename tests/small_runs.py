@@ -71,7 +71,7 @@ def get_config(dataset="digits"):
 '''
 
 # The only fields that may differ between two runs.
-TIMES = {"seconds", "images_per_second", "wait_share"}
+TIMES = {"seconds", "images_per_second", "wait_share", "peak_memory_bytes"}
 
 
 @dataclass

@@ -99,7 +99,11 @@ def test_a_line_an_epoch_and_split(finished):
     ]
     both = {"epoch", "split", "step", "seconds", "images_per_second"} | METRICS | PER_CLASS
     for record in written:
-        more = {"learning_rate", "wait_share"} if record["split"] == "train" else set()
+        more = (
+            {"learning_rate", "wait_share", "peak_memory_bytes"}
+            if record["split"] == "train"
+            else set()
+        )
         assert set(record) == both | more
         assert all(len(record[name]) == 10 for name in PER_CLASS)
 

@@ -38,7 +38,8 @@ def records(epoch, wait_share=0.01, loss=0.123449):
     train = {"epoch": epoch, "split": "train", "step": epoch, **METRICS, "loss": loss}
     val = {"epoch": epoch, "split": "val", "step": epoch, **METRICS, "loss": 0.0987}
     train |= {"accuracy": 0.9621, "learning_rate": 0.1, "seconds": 11.0, "wait_share": wait_share}
-    return [train | {"images_per_second": 1234.4}, val | {"accuracy": 0.975, "seconds": 1.2}]
+    train |= {"images_per_second": 1234.4, "peak_memory_bytes": 2_345_678_901}
+    return [train, val | {"accuracy": 0.975, "seconds": 1.2}]
 
 
 RUN = """
@@ -152,7 +153,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
 def test_the_line_of_an_epoch():
     assert epoch_line(records(3), epochs=15, best=True) == (
         "epoch  3/15  train loss 0.1234 acc 96.21 %  val loss 0.0987 acc 97.50 %  "
-        "1234 img/s  waited 1 % for data  12 s  best"
+        "1234 img/s  waited 1 % for data  peak memory 2.3 GB  12 s  best"
     )
     assert epoch_line([{"epoch": 1, "split": "train", "loss": 2e-5, "seconds": 1}], epochs=1) == (
         "epoch 1/1  train loss 2.00e-05  1.0 s"

@@ -30,6 +30,7 @@ ROOMS = (
     "atomic_files",
     "interrupt",
     *CORE,
+    "memory",
     "history",
     "config",
     "pretrained",

@@ -1,13 +1,9 @@
 """Where the images of a run live, and how their pixels are normalised."""
 
 import dataclasses
-import os
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -16,6 +12,7 @@ from flaxcls.batch import dataset_statistics
 from flaxcls.data import loader
 from flaxcls.data.dataset import Dataset, Split, fingerprint
 from flaxcls.data.decode import ImageSpec, decode_all, resize_array
+from flaxcls.memory import describe_bytes, free_memory
 from flaxcls.models import model_options
 from flaxcls.pretrained import IMAGENET, Normalization
 
@@ -110,39 +107,6 @@ def _stored_bytes(split: Split, spec: ImageSpec) -> int:
     if isinstance(split.images, np.ndarray) and split.images.shape[1] <= spec.size:
         return split.images.nbytes
     return len(split) * spec.size * spec.size * spec.channels
-
-
-def free_memory() -> tuple[int, int]:
-    """Returns the free bytes of a device and of the host, the least of all processes."""
-    host = _free_host_bytes()
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        device = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    else:
-        device = host // jax.local_device_count()
-    if jax.process_count() > 1:
-        # In megabytes: JAX's integers have 32 bits. Processes that choose otherwise would hang.
-        megabytes = np.array([device >> 20, host >> 20], np.int32)
-        device, host = (int(m) << 20 for m in process_allgather(megabytes).min(axis=0))
-    return device, host
-
-
-def _free_host_bytes() -> int:
-    """What Linux says can be had without swapping, within the container's limit."""
-    if not Path("/proc/meminfo").is_file():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
-    free = int(kilobytes) * 1024
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
-    return free
-
-
-def describe_bytes(count: int) -> str:
-    """Returns a size in words: 3.2 MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def normalization(
