@@ -81,11 +81,19 @@ SMALL_MAPS = [
     (2, 2, 3, 1, "SAME"),
     (3, 2, 5, 1, "SAME"),
     (1, 1, 1, 1, "SAME"),
+    (2, 2, 2, 1, "SAME"),
+    (2, 2, 3, 2, "SAME"),
+    (4, 4, 3, 2, "SAME"),
+    (4, 3, 3, 2, ((1, 1), (1, 1))),
+    (4, 4, 1, 2, "SAME"),
+    (4, 4, 3, 1, "VALID"),
+    (5, 5, 5, 1, ((0, 0), (0, 0))),
 ]
 OTHER_MAPS = [
     (2, 3, 3, 1, "SAME"),
-    (2, 2, 2, 1, "SAME"),
-    (2, 2, 3, 2, "SAME"),
+    (4, 4, 3, 1, "SAME"),
+    (5, 4, 3, 2, ((1, 1), (1, 1))),
+    (1, 1, 3, 1, ((3, 0), (1, 1))),
     (7, 6, 5, 1, "VALID"),
     (7, 7, 3, 2, ((1, 1), (1, 1))),
 ]
@@ -240,6 +248,17 @@ def test_use_backend_restores_the_one_before():
     with pytest.raises(KeyError):
         fail_under_flax()
     assert ops.backend() == "auto"
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the fixes are for the CPU")
+@pytest.mark.parametrize(("h", "w", "kernel", "stride", "padding"), SMALL_MAPS + OTHER_MAPS)
+def test_small_maps_are_convolved_by_matmuls(h, w, kernel, stride, padding):
+    x, weights = draw(1, h, w, 2), draw(kernel, kernel, 2, 3)
+    with ops.use_backend("xla"):
+        run = jax.make_jaxpr(partial(ops.convolve, strides=(stride, stride), padding=padding))
+        operators = str(run(x, weights))
+    small = (h, w, kernel, stride, padding) in SMALL_MAPS
+    assert ("conv_general_dilated" in operators) != small
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the fixes are for the CPU")
