@@ -19,6 +19,7 @@ from flaxcls.batch import Batch, Preprocess, preprocess
 from flaxcls.freezing import EVERYTHING, Selection, frozen_statistics, join, partition, rate_factors
 from flaxcls.losses import Loss, total
 from flaxcls.metrics import MetricState
+from flaxcls.rematerialisation import rematerialised
 from flaxcls.state import Stream, TrainState, stream_key
 
 
@@ -65,6 +66,7 @@ class Recipe(NamedTuple):
       dtype: of the images that the model sees.
       selection: which parameters are trained.
       rates: (pattern, factor) of the learning rate, by parameter path; the first match counts.
+      remat: patterns over the paths of modules that the backward pass computes again.
     """
 
     model: nn.Module
@@ -82,6 +84,7 @@ class Recipe(NamedTuple):
     dtype: Any = jnp.float32
     selection: Selection = EVERYTHING
     rates: tuple[tuple[str, float], ...] = ()
+    remat: tuple[str, ...] = ()
 
 
 def train_step(
@@ -180,7 +183,7 @@ def _backward_in_parts(
 
 def _forward(recipe: Recipe, params: Any, batch_stats: Any, examples: Examples, key: jax.Array):
     """Returns the sum of the losses, that of their weights, and (logits, loss, batch_stats)."""
-    with frozen_statistics(recipe.selection):
+    with rematerialised(recipe.remat), frozen_statistics(recipe.selection):
         logits, updates = recipe.model.apply(
             {"params": params, "batch_stats": batch_stats},
             examples.images,

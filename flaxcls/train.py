@@ -133,8 +133,8 @@ def train(
             introduce(experiment, progress, notes, memory)
             loop = Loop(experiment, checkpoints, files, progress, stop)
             with out_of_memory(
-                "lower train.batch_size, eval.batch_size or data.image_size, or raise "
-                "optimizer.accumulate"
+                "lower train.batch_size, eval.batch_size or data.image_size, raise "
+                "optimizer.accumulate, or name modules in train.remat"
             ):
                 loop.restore_or_initialise()
                 loop.run()

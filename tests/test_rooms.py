@@ -20,6 +20,7 @@ CORE = (
     "batch",
     "augment",
     "freezing",
+    "rematerialisation",
     "state",
     "sharding",
     "step",

@@ -78,6 +78,7 @@ ELEMENTS: dict[str, type] = {
     "model.frozen": str,
     "model.trainable": str,
     "optimizer.rate_factors": str,
+    "train.remat": str,
     "loss.alpha": float,
     "loss.class_weight_values": float,
     "normalize.mean": float,

@@ -152,6 +152,9 @@ def default() -> ConfigDict:
     c.train.batch_size = 64  # over all devices and processes
     c.train.epochs = 10
     c.train.steps_per_call = 1  # steps in one compiled call; more saves dispatch on accelerators
+    # Patterns over module paths, such as 'trunk/stage*', whose inside the backward pass computes
+    # again instead of keeping it: less memory for a longer step.
+    c.train.remat = ()
     c.train.patience = 0  # epochs without a better train.stop_by before stopping; 0: never
     c.train.min_delta = 0.0  # an improvement is more than this
     c.train.stop_by = "val/loss"  # split/metric

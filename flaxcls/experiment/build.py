@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flaxcls import metrics, pretrained
+from flaxcls import metrics, pretrained, rematerialisation
 from flaxcls.augment import Augmentation
 from flaxcls.checkpoint import abstract
 from flaxcls.data import loader
@@ -188,6 +188,7 @@ def check_model(config: ConfigDict, recipe: Recipe) -> None:
     """Traces the model once: an image too small for it, or a pattern in vain, is an error here."""
     params = jax.eval_shape(partial(new_state, config, recipe)).params
     check_patterns(params, recipe.selection, recipe.rates)
+    rematerialisation.check(params, recipe.remat)
 
 
 def for_evaluation(

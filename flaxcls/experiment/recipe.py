@@ -80,6 +80,7 @@ def create_recipe(
         dtype=jnp.dtype(config.precision),
         selection=Selection(config.model.frozen, config.model.trainable),
         rates=tuple(map(_rate_factor, config.optimizer.rate_factors)),
+        remat=config.train.remat,
     )
 
 
