@@ -1,6 +1,7 @@
 """Every kind of image file comes out right, or is named in an error."""
 
 import io
+import random
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flaxcls.data import decode as decode_module
 from flaxcls.data.decode import (
     ImageSpec,
     UnreadableImage,
@@ -95,6 +97,98 @@ def test_every_format_gives_the_picture(kind, options, tolerance):
     assert decoded.shape == (64, 64, 3)
     assert decoded.dtype == np.uint8
     assert difference(decoded, np.asarray(image)) <= tolerance
+
+
+JPEGS = {
+    "plain": {},
+    "fine colours": {"subsampling": 0, "quality": 95},
+    "progressive": {"progressive": True},
+    "RGB inside": {"keep_rgb": True},
+    "restart markers": {"restart_marker_blocks": 3},
+    "comment": {"comment": b"some words"},
+}
+
+
+@pytest.fixture
+def pillow_alone(monkeypatch):
+    """A function that decodes as `decode` does where simplejpeg declines a file."""
+
+    def alone(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_module, "_read_jpeg", lambda *_: None)
+            return decode(*arguments)
+
+    return alone
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_jpeg_has_the_pixels_that_pillow_gives_it(kind, mode, channels, pillow_alone):
+    if (mode, kind) == ("L", "RGB inside"):
+        pytest.skip("grey has no RGB inside")
+    for shape in ((120, 160), (121, 33), (900, 1203)):
+        data = encoded(photo(*shape).convert(mode), "jpeg", **JPEGS[kind])
+        for spec, box in (
+            (ImageSpec(64, channels), None),
+            (ImageSpec(64, channels, "pad"), None),
+            (ImageSpec(64, channels), (0.1, 0.3, 0.4, 0.5)),
+        ):
+            assert (decode(data, spec, box) == pillow_alone(data, spec, box)).all()
+
+
+def test_a_plain_jpeg_is_decoded_without_pillow(monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    for options in JPEGS.values():
+        assert decode(encoded(photo(), "jpeg", **options), ImageSpec(8)).shape == (8, 8, 3)
+
+
+def test_a_damaged_jpeg_is_taken_or_refused_as_pillow_does_it(pillow_alone):
+    chance, spec, refused = random.Random(0), ImageSpec(16), 0
+    for case in range(120):
+        data = bytearray(encoded(photo(), "jpeg", **list(JPEGS.values())[case % len(JPEGS)]))
+        if case % 2:
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        else:
+            start = chance.randrange(len(data))
+            del data[start : start + chance.choice([7, len(data)])]
+        outcomes = []
+        for function in (decode, pillow_alone):
+            try:
+                outcomes.append(function(bytes(data), spec).tolist())
+            except UnreadableImage as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
+        refused += isinstance(outcomes[0], str)
+    assert 20 < refused < 120
+
+
+def test_resampling_is_pillows_bilinear_filter_to_a_level():
+    rng = np.random.default_rng(0)
+    for case in range(60):
+        height, width = (int(side) for side in rng.integers(1, 300, 2))
+        mode, shape = ("L", (height, width)) if case % 3 == 0 else ("RGB", (height, width, 3))
+        image = Image.fromarray(rng.integers(0, 256, shape, np.uint8), mode)
+        size = int(rng.integers(1, 200))
+        h, w = rng.uniform(0.05, 1, 2)
+        y, x = rng.uniform(0, 1, 2) * (1 - h, 1 - w)
+        decoded = decode(
+            encoded(image, "png"), ImageSpec(size, 1 if mode == "L" else 3), (y, x, h, w)
+        )
+        box = x * width, y * height, min(width, (x + w) * width), min(height, (y + h) * height)
+        expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+        assert np.abs(decoded.astype(int) - expected.reshape(decoded.shape)).max() <= 1
+
+
+def test_without_the_fast_resampler_images_are_the_same_to_a_level(monkeypatch):
+    data = encoded(photo(), "png")
+    for spec in (ImageSpec(50), ImageSpec(50, 1), ImageSpec(200, resize="pad")):
+        fast = decode(data, spec)
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_module, "_resizer", None)
+            plain = decode(data, spec)
+        assert plain.shape == fast.shape
+        assert np.abs(plain.astype(int) - fast).max() <= 1
 
 
 def test_gif_gives_its_first_frame():
