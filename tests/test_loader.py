@@ -226,6 +226,35 @@ def test_a_worker_that_dies_is_told_in_one_sentence(files):
             list(batches)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_stays_flat_over_epochs(workers, tmp_path):
+    rng, paths = np.random.default_rng(0), []
+    for i in range(24):
+        coarse = Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8))
+        paths.append(str(tmp_path / f"{i}.{'png' if i % 8 == 0 else 'jpg'}"))
+        coarse.resize((300, 200)).save(paths[-1])
+    split = Split(tuple(paths), np.zeros(24, np.int32), aspect=np.full(24, 1.5, np.float32))
+    feed = loader.create_feed(
+        split, create_mesh(1), ImageSpec(224), placement="files", workers=workers, prefetch=2
+    )
+    order = loader.train_order(24, 8, epochs=1000, seed=0)
+    sizes = []
+    with feed.train(order, CROPS) as batches:
+        for step in range(151):
+            next(batches)
+            if step in (50, 100, 150):  # a batch has 1.2 MB
+                pids = ["self", *(child.pid for child in multiprocessing.active_children())]
+                sizes.append(sum(map(_resident, pids)))
+    assert sizes[2] - sizes[0] < 12 << 20
+
+
+def _resident(pid):
+    """Bytes of memory that a process has."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_closing_early_leaves_no_thread_and_no_process(workers, files):
     feed = make_feed(files, "files", workers=workers)
