@@ -18,6 +18,7 @@ from flaxcls.augment import Augmentation
 from flaxcls.data import loader
 from flaxcls.data.dataset import Split
 from flaxcls.data.decode import ImageSpec
+from flaxcls.data.shared_images import SharedImages
 from flaxcls.errors import InputError
 from flaxcls.sharding import create_mesh
 from flaxcls.step import gather
@@ -169,6 +170,17 @@ def test_worker_processes_change_nothing(workers, files, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("obstacle", ["another system", "memory of another user"])
+def test_images_come_through_pipes_where_memory_cannot_be_shared(obstacle, files, monkeypatch):
+    expected = read_training(make_feed(files, "files"), CROPS)
+    if obstacle == "another system":
+        monkeypatch.setattr(loader, "share_images", lambda *_: None)
+    else:
+        state = {"workers": 1, "shape": (BATCH, SIZE, SIZE, 3), "path": "/proc/none/fd/3"}
+        monkeypatch.setattr(SharedImages, "__getstate__", lambda self: state)
+    assert_same(read_training(make_feed(files, "files", workers=1), CROPS), expected)
+
+
 @pytest.mark.parametrize("placement", ["device", "host", "files"])
 def test_a_run_goes_on_at_any_step(placement, arrays, files):
     feed = make_feed(files if placement == "files" else arrays, placement)
@@ -263,6 +275,9 @@ def test_closing_early_leaves_no_thread_and_no_process(workers, files):
         next(batches)
     assert not multiprocessing.active_children()
     _wait_until(lambda: not _reading(set(threading.enumerate()) - before))
+    if os.path.isdir("/proc/self/fd"):
+        opened = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        assert not [path for path in opened if "flaxcls-images" in path]
 
 
 def _reading(threads):
