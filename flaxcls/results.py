@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from flaxcls import config as config_module
 from flaxcls import pretrained, runlog
-from flaxcls.analysis.plots import plot_run
 from flaxcls.checkpoint import check_directory
 from flaxcls.data.dataset import class_counts, fingerprint, named
 from flaxcls.data.load import check_run_folder
@@ -246,6 +245,9 @@ class RunFiles:
                 },
             )
         if self._config.log.plots:
+            # It imports matplotlib: half a second before the first step.
+            from flaxcls.analysis.plots import plot_run
+
             shown = held_out[-1] if held_out else None
             plot_run(
                 history,
