@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,15 @@ class Experiment:
     def create_state(self) -> TrainState:
         return new_state(self.config, self.recipe)
 
+    @cached_property
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(self.create_state)
+
     def state_sharding(self) -> Any:
-        shapes = jax.eval_shape(self.create_state)
-        return state_shardings(shapes, self.mesh, shard_params=self.config.mesh.shard_params)
+        return state_shardings(self._shapes, self.mesh, shard_params=self.config.mesh.shard_params)
 
     def abstract_state(self) -> Any:
-        return abstract(jax.eval_shape(self.create_state), self.state_sharding())
+        return abstract(self._shapes, self.state_sharding())
 
     def empty_metrics(self) -> metrics.MetricState:
         parts = parts_of(self.config.loss.name)
@@ -102,11 +105,10 @@ class Experiment:
         return abstract(jax.eval_shape(self.empty_metrics), replicated(self.mesh))
 
     def count_parameters(self) -> int:
-        return _count(jax.eval_shape(self.create_state).params)
+        return _count(self._shapes.params)
 
     def count_trained_parameters(self) -> int:
-        params = jax.eval_shape(self.create_state).params
-        return _count(partition(params, self.recipe.selection)[0])
+        return _count(partition(self._shapes.params, self.recipe.selection)[0])
 
 
 def _count(params: Any) -> int:
