@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from flaxcls import models
 
@@ -20,9 +21,28 @@ from parity import (  # noqa: E402
 
 CLASSES = 5
 
+
+def vgg(name, convs, options, size=32, **trunk):
+    """A VGG with a narrow head, and its twin with `trunk`, as a row of MODELS."""
+    options = {"head_width": 64} | options
+    pool_size = options.get("pool_size")
+    return name, options, size, 3, lambda n: reference.VGG(n, convs, 64, pool_size, **trunk)
+
+
 # Name, options, size of the images, their channels, twin. Training has 16 images, which leaves 64
 # values a channel to BatchNorms of 2x2 maps; dropout is off, since its masks cannot agree.
 MODELS = {
+    "vgg11": vgg("vgg11", (1, 1, 2, 2, 2), {}),
+    "vgg11, pooled": vgg("vgg11", (1, 1, 2, 2, 2), {"pool_size": 7}, size=64),
+    "vgg11 without BatchNorm": vgg(
+        "vgg11", (1, 1, 2, 2, 2), {"batch_norm": False}, batch_norm=False
+    ),
+    "vgg13": vgg("vgg13", (2, 2, 2, 2, 2), {}),
+    "vgg16c": vgg("vgg16c", (2, 2, 3, 3, 3), {}, pointwise_last=True),
+    "vgg16": vgg("vgg16", (2, 2, 3, 3, 3), {}),
+    "vgg19": vgg("vgg19", (2, 2, 4, 4, 4), {}),
+    "lenet": ("lenet", {}, 28, 1, lambda n: reference.TwoConvs(n, 6, 16, 5, 256)),
+    "fashion_net0": ("fashion_net0", {}, 28, 1, lambda n: reference.TwoConvs(n, 32, 64, 3, 4096)),
     "baseline_cnn": ("baseline_cnn", {}, 32, 3, twins.baseline_cnn),
     "lstm_cnn": ("lstm_cnn", {}, 32, 3, twins.LSTMCNN),
     "lstm_cnn without its pool": (
@@ -99,21 +119,21 @@ MODELS = {
         3,
         lambda n: twins.ResidualCAM(n, 64),
     ),
-    "residual_cam on resnet18": (
+    "residual_cam on like_vgg": (
         "residual_cam",
-        {"dropout": 0.0, "cam_dropout": 0.0, "head_width": 64, "trunk": "resnet18", "pool_size": 2},
-        64,
-        3,
-        lambda n: twins.ResidualCAM(n, 64, twins.resnet(2, "resnet18").trunk, pool_size=2),
+        {"dropout": 0.0, "cam_dropout": 0.0, "head_width": 64, "trunk": "like_vgg", "pool_size": 2},
+        28,
+        1,
+        lambda n: twins.ResidualCAM(n, 64, twins.like_vgg(2).trunk, features=64, pool_size=2),
     ),
 }
-# Another of the same kind is tested in full; these take a minute to compile in float64.
-ONLY_FORWARD = {"resnet34", "googlenet, torchvision's", "residual_cam on resnet18"}
-LONG = {"googlenet", "resnet50", "hierarchical_resnet18", "vgg16_residual_cam"}
-
-
-def cases(names):
-    return [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in names]
+# Their float64 gradients take longest to compile.
+LONG = {
+    *("vgg16", "vgg16c", "vgg19", "vgg16_residual_cam"),
+    *("googlenet", "googlenet, torchvision's"),
+    *("resnet34", "resnet50", "hierarchical_resnet18"),
+}
+WITH_GRADIENTS = [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in MODELS]
 
 
 def pair(case, batch, dtype):
@@ -133,13 +153,6 @@ def assert_close(ours, theirs, tolerance):
         assert relative_error(a, b) < tolerance
 
 
-def test_every_model_is_compared():
-    compared = {case[0] for case in MODELS.values()}
-    assert compared | set(models.list_models("vgg??")) | {"lenet", "fashion_net0", "vgg16c"} == set(
-        models.list_models()
-    )
-
-
 @pytest.mark.parametrize("case", MODELS)
 def test_float32_logits_in_evaluation(case):
     model, variables, twin, images = pair(case, 4, "float32")
@@ -149,14 +162,46 @@ def test_float32_logits_in_evaluation(case):
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_float32_logits_in_training(case):
+def test_float32_logits_and_statistics_in_training(case):
     model, variables, twin, images = pair(case, 16, "float32")
+    values = count_values(twin)
     with torch.no_grad():
         theirs = twin.train()(nchw(images))
-    assert_close(logits_of(model, variables, images, train=True)[0], theirs, 1e-4)
+    logits, moved = logits_of(model, variables, images, train=True)
+    assert_close(logits, theirs, 1e-4)
+
+    before = by_module(variables)
+    after = by_module(moved)
+    assert set(after) == set(before) == set(values)
+    for name, n in values.items():
+        assert n >= 64
+        # PyTorch keeps the unbiased variance, flax the biased one: the one known difference.
+        kept = 0.9 * before[name]["var"]
+        unbiased = kept + (after[name]["var"] - kept) * n / (n - 1)
+        norm = twin.get_submodule(name)
+        assert relative_error(after[name]["mean"], norm.running_mean) < 1e-4
+        assert relative_error(unbiased, norm.running_var) < 1e-4
 
 
-@pytest.mark.parametrize("case", cases([n for n in MODELS if n not in ONLY_FORWARD]))
+def count_values(twin):
+    """A dict that gets, when `twin` is called, the values a channel that each BatchNorm sees."""
+    values = {}
+    for name, module in twin.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_pre_hook(
+                lambda norm, x, name=name: values.update({name: x[0][:, 0].numel()})
+            )
+    return values
+
+
+def by_module(variables):
+    """The running statistics of each BatchNorm, by the name that its twin has."""
+    flat = flatten_dict({**variables.get("batch_stats", {})})
+    modules = {path[:-1] for path in flat}
+    return {".".join(m): {k: flat[*m, k] for k in ("mean", "var")} for m in modules}
+
+
+@pytest.mark.parametrize("case", WITH_GRADIENTS)
 def test_float64_parameter_gradients_in_training(x64, case):
     model, variables, twin, images = pair(case, 16, "float64")
 
@@ -168,6 +213,20 @@ def test_float64_parameter_gradients_in_training(x64, case):
         return concatenate(tuple(output), 1)
 
     assert_same_gradients(model, variables, twin, images, joined)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_float32_logits_in_evaluation,
+        test_float32_logits_and_statistics_in_training,
+        test_float64_parameter_gradients_in_training,
+    ],
+)
+def test_no_model_is_left_out(test):
+    (cases,) = (mark.args[1] for mark in test.pytestmark if mark.name == "parametrize")
+    names = {case if isinstance(case, str) else case.values[0] for case in cases}
+    assert {MODELS[name][0] for name in names} == set(models.list_models())
 
 
 def test_attention_maps_are_the_twins():
