@@ -99,6 +99,8 @@ def test_a_misspelt_key_in_a_file_is_named_with_its_line(tmp_path, line, key, ne
         ("seeds.name=adam", "did you mean 'data.name' or 'loss.name' or "),
         ("learning_rate=3", "learning_rate is .*; did you mean 'optimizer.learning_rate'"),
         ("optimizr.nestero=True", "did you mean 'optimizer.nesterov'"),
+        ("model.width=3", r"did you mean 'head_width' or model\.options=width=VALUE\?$"),
+        ("model.stages=3", r"choose one of .* or model\.options=stages=VALUE$"),
         ("optimizer.lr=3", "optimizer.lr is not a key of the config; choose one of accumulate, b1"),
         ("data.classes[0]=a", "is not a key of the config"),
         ("train=3", "train is a group of keys"),
@@ -227,6 +229,46 @@ def test_an_option_of_a_model_can_be_given_on_the_command_line(key):
     assert str(c.model[name]) == text
 
 
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        (["head_width=8"], {"head_width": 8}),
+        (["head_width=8", "dropout=0.5"], {"head_width": 8, "dropout": 0.5}),
+        (["('batch_norm=False', 'init=flax')"], {"batch_norm": False, "init": "flax"}),
+        (["pool_size=None"], {"pool_size": None}),
+        (["('stages=[1, 2]',)"], {"stages": (1, 2)}),
+        (["text='8'"], {"text": "8"}),
+        (["rule=a=b"], {"rule": "a=b"}),
+    ],
+)
+def test_any_option_of_a_model_can_be_given_by_its_name(tmp_path, options, taken):
+    c, _ = parsed("--config=vgg13", *(f"--config.model.options={one}" for one in options))
+    assert model_options_of(c) == taken | {"dtype": "float32", "param_dtype": "float32"}
+    config.save(c, tmp_path / "config.json")
+    assert model_options_of(config.load(tmp_path / "config.json")) == model_options_of(c)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model__options": ("width",)}, "model.options: 'width' is no option; write NAME=VALUE"),
+        ({"model__options": ("a b=3",)}, "model.options: 'a b=3' is no option; write NAME=VALUE"),
+        ({"model__options": ("dtype=1",)}, "dtype is no option of a model; precision decides on"),
+        ({"model__options": ("num_classes=3",)}, "num_classes is no option .*; the data decides"),
+        ({"model__options": ("name=vgg11",)}, "name is no option of a model; model.name decides"),
+        ({"model__options": ("init=flax", "init=flax")}, "init is given twice, 'flax' and 'flax'"),
+        (
+            {"model__options": ("init=flax",), "model__init": "pytorch"},
+            "init is given twice, 'pytorch' and 'flax'; give it once, as model.options or as a key",
+        ),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(values, said):
+    c, _ = config.resolve(lenet(**values))
+    with pytest.raises(InputError, match=said):
+        model_options_of(c)
+
+
 # Ranges and choices.
 
 
@@ -352,7 +394,7 @@ def test_losses_have_the_keys_that_they_take():
 def test_models_have_the_keys_that_they_take():
     options = {option for name in models.list_models() for option in model_options(name)}
     of_weights = {"pretrained", "init_from", "frozen", "trainable"}
-    assert set(config.default().model) == {"name"} | of_weights | options - {
+    assert set(config.default().model) == {"name", "options"} | of_weights | options - {
         *("dtype", "param_dtype"),  # of precision
         "num_parents",  # of the data
     }

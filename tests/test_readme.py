@@ -20,9 +20,10 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 def test_the_model_of_the_readme_trains_with_its_option(tmp_path):
-    """In a config file of one's own, which needs no place in the package."""
+    """In a config file of one's own: it needs no place in the package, nor its option a key."""
     (model,) = (block for block in blocks("python") if "class TinyCNN" in block)
-    assert len([line for line in model.splitlines() if line.strip()]) < 16
+    lines = [line for line in model.splitlines() if line.strip() and " import " not in line]
+    assert len(lines) <= 13
     lines = (
         "from flaxcls import config",
         "def get_config():",
@@ -33,10 +34,19 @@ def test_the_model_of_the_readme_trains_with_its_option(tmp_path):
         "    return c",
     )
     (tmp_path / "mine.py").write_text(model + "\n".join(lines) + "\n")
-    done = run("--config=mine.py", "--workdir=run", "--config.model.dropout=0.5")
+    mine = ("--config=mine.py", "--workdir=run", "--config.model.init=kaiming_uniform")
+    done = run(*mine, "--config.model.options=width=32", "--config.precision=bfloat16")
     assert done.code == 0, done.error
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["params"] == 16 * 9 + 16 + 16 * 10 + 10
+    assert summary["params"] == 32 * 9 + 32 + 32 * 10 + 10
+
+    unknown = run(*mine, "--config.model.options=widht=32").sentence
+    assert unknown == "model.widht: tiny_cnn has no such option; it takes width, init"
+    assert "'32px' is not possible; give a whole number of at least 1" in (
+        run(*mine, "--config.model.options=width=32px").sentence
+    )
+    small = run("--config=mine.py", "--workdir=small", "--config.data.image_size=4").sentence
+    assert "images of 4x4 pixels are too small; the smallest it takes is 8x8" in small
 
 
 def test_every_config_that_the_readme_names_is_there():

@@ -76,6 +76,7 @@ ELEMENTS: dict[str, type] = {
     "data.classes": str,
     "data.parents": str,
     "model.frozen": str,
+    "model.options": str,
     "model.trainable": str,
     "optimizer.rate_factors": str,
     "train.remat": str,
@@ -163,6 +164,9 @@ def check_key(path: str) -> None:
         remedy = f"did you mean {' or '.join(meant)}?"
     elif group and same_group:
         remedy = did_you_mean(last, same_group)
+        if group == "model":  # a model's own option, perhaps
+            mark = "?" if remedy.endswith("?") else ""
+            remedy = f"{remedy.removesuffix('?')} or model.options={last}=VALUE{mark}"
     else:
         remedy = did_you_mean(path, known)
     raise InputError(f"{path} is not a key of the config; {remedy}")

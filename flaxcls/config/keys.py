@@ -45,6 +45,7 @@ def default() -> ConfigDict:
     c.model.heads = placeholder(int)  # local_attention_cnn: None, as many as channels
     c.model.trunk = placeholder(str)  # hierarchical, residual_cam: a model's name
     c.model.cam_dropout = placeholder(float)  # residual_cam: of what its maps are drawn from
+    c.model.options = ()  # 'NAME=VALUE': any option of the model, also one that has no key above
 
     c.data = ConfigDict()
     c.data.source = "digits"  # digits, idx, image_folder, image_files, npy, npz, tfds

@@ -1,5 +1,6 @@
 """What a step does, from a config: model, loss, optimizer, schedule, augmentation."""
 
+import ast
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ from flaxcls.losses import class_weights, create_loss, parts_of
 from flaxcls.models import create_model
 from flaxcls.optimizers import create_optimizer, create_schedule
 from flaxcls.step import Recipe
+
+# Keys of the group `model` that are no options of the module.
+_OF_WEIGHTS = ("pretrained", "init_from", "frozen", "trainable")
+# What `model.options` may not hold, and what decides on it.
+_DECIDED_BY = {
+    **{key: f"model.{key}" for key in ("name", "options", *_OF_WEIGHTS)},
+    **{"dtype": "precision", "param_dtype": "precision"},
+    **{"num_classes": "the data", "num_parents": "data.parents", "module_name": "flaxcls"},
+}
 
 
 def create_recipe(
@@ -104,7 +114,15 @@ def model_options(config: ConfigDict, dataset: Dataset | None = None) -> dict[st
 
     A model may do without the options `dtype` and `param_dtype`, where the config does.
     """
-    options = _options(config.model, "name", "pretrained", "init_from", "frozen", "trainable")
+    options = _options(config.model, "name", "options", *_OF_WEIGHTS)
+    for rule in config.model.options:
+        name, value = _option(rule)
+        if name in options:
+            raise InputError(
+                f"model.options: {name} is given twice, {options[name]!r} and {value!r}; give it "
+                "once, as model.options or as a key of its own"
+            )
+        options[name] = value
     known = models.model_options(config.model.name)
     precision = config.precision
     dtypes = {"dtype": precision, "param_dtype": "float64" if precision == "float64" else "float32"}
@@ -113,6 +131,25 @@ def model_options(config: ConfigDict, dataset: Dataset | None = None) -> dict[st
     if dataset is not None and is_hierarchical(config):
         options["num_parents"] = len(dataset.parent_names or ())
     return options | dtypes
+
+
+def _option(rule: str) -> tuple[str, Any]:
+    """NAME=VALUE -> both, the value as Python reads it, and as text where it is no Python."""
+    name, equals, text = (part.strip() for part in rule.partition("="))
+    if not equals or not name.isidentifier():
+        raise InputError(
+            f"model.options: {rule!r} is no option; write NAME=VALUE, as in 'head_width=512'"
+        )
+    if name in _DECIDED_BY:
+        raise InputError(
+            f"model.options: {name} is no option of a model; {_DECIDED_BY[name]} decides on it, so "
+            "leave it out here"
+        )
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, TypeError, ValueError):
+        value = text
+    return name, tuple(value) if isinstance(value, list) else value
 
 
 def is_hierarchical(config: ConfigDict) -> bool:
