@@ -40,12 +40,26 @@ NETWORKS = {
     "resnet50": ("resnet50", {}, partial(twins.ResNet, blocks=(3, 4, 6, 3), bottleneck=True)),
     "googlenet": ("googlenet", {"variant": "torchvision"}, twins.GoogLeNet),
 }
+# As a part of others alone.
+OTHERS = {
+    "vgg11": (
+        "vgg11",
+        {**VGG, "batch_norm": False},
+        partial(twins.VGG, convs=(1, 1, 2, 2, 2), batch_norm=False),
+    ),
+}
+# A tensor of the last layers before the head, and where it is in our trunk.
+LAST = {
+    "resnet18": ("layer4.1.conv2.weight", ("stage4_block2", "conv2")),
+    "googlenet": ("inception5b.branch3.1.conv.weight", ("inception5b", "five", "conv")),
+    "vgg11": ("features.18.weight", ("conv5_2",)),
+}
 
 
 def network(name, num_classes=CLASSES):
     """A twin with statistics that differ from those of a new one."""
     torch.manual_seed(0)
-    make = NETWORKS[name][2]
+    make = (NETWORKS | OTHERS)[name][2]
     twin = make(num_classes, **({"width": WIDTH} if "vgg" in name else {}))
     for module in twin.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -178,15 +192,27 @@ def test_a_head_of_another_size_stays_and_is_reported(tmp_path):
     np.testing.assert_array_equal(loaded["params"]["head"]["bias"], np.full(5, 0.25))
 
 
-def test_a_hierarchical_model_takes_the_trunk(tmp_path):
-    twin = network("resnet18", num_classes=1000)
+def kernel_at(params, path):
+    for part in path:
+        params = params[part]
+    return params["kernel"]
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_a_hierarchical_model_takes_the_trunk(tmp_path, name):
+    """Of the network that its options make of it, as the weights are of that one."""
+    twin, (trunk, options, _) = network(name, num_classes=1000), (NETWORKS | OTHERS)[name]
     path = write(twin, tmp_path / "w.safetensors")
-    loaded, report = pretrained.load(path, *model_and_variables("hierarchical_resnet18"))
-    kernel = loaded["params"]["trunk"]["trunk"]["stage4_block2"]["conv2"]["kernel"]
-    np.testing.assert_array_equal(
-        kernel, state(twin)["layer4.1.conv2.weight"].transpose(2, 3, 1, 0)
-    )
-    assert set(report.unused) == {"fc.weight", "fc.bias"}
+    model, variables = model_and_variables("hierarchical", trunk=trunk, **options)
+    loaded, report = pretrained.load(path, model, variables)
+    theirs, ours = LAST[name]
+    kernel = kernel_at(loaded["params"]["trunk"]["trunk"], ours)
+    np.testing.assert_array_equal(kernel, state(twin)[theirs].transpose(2, 3, 1, 0))
+    head = "classifier.6." if trunk == "vgg11" else "fc."
+    assert all(tensor.startswith((head, "aux")) for tensor in report.unused)
+    assert {tensor for tensor in report.unused if tensor.startswith(head)} == {
+        *(f"{head}weight", f"{head}bias")
+    }
     assert {name.split("/")[1] for name in report.initialised} == {
         *("head", "own", "parent_head", "from_parent")
     }

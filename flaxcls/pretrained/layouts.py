@@ -55,7 +55,7 @@ def layout_of(model: nn.Module) -> Layout | None:
     if isinstance(model, ResidualCAM) and model.trunk in CONVS and model.trunk != "vgg16c":
         return Layout(tuple(_vgg(CONVS[model.trunk], batch_norm=True)), IMAGENET)
     if isinstance(model, Hierarchical):
-        trunk = layout_of(create_model(model.trunk, 1))
+        trunk = layout_of(create_model(model.trunk, 1, **model.trunk_options))
         if trunk is not None:
             entries = [
                 entry._replace(path=(entry.path[0], "trunk", *entry.path[1:]))
