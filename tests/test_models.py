@@ -199,6 +199,33 @@ def test_torchvision_start_of_resnet_and_googlenet():
         assert np.std(kernel) == pytest.approx(0.01, rel=0.03)
 
 
+def test_start_of_a_residual_cam_model():
+    """The trunk's is its own, whatever the head's; what is asked for is each one's form of it."""
+    params = start("residual_cam", trunk="like_vgg", head_width=64)
+    conv = params["trunk"]["conv4"]
+    assert_fills(conv["kernel"], (6 / (9 * 64)) ** 0.5)
+    assert_fills(conv["bias"], (9 * 64) ** -0.5)
+    for path, kernel, bias in layers_of(params["classifier"]):
+        assert path[-1] == "head" or np.std(kernel) == pytest.approx(0.01, rel=0.05)
+        assert not np.any(bias)
+
+    params = start(
+        "residual_cam", trunk="googlenet", variant="torchvision", init="torchvision", head_width=64
+    )
+    kernel = params["trunk"]["inception5b"]["three"]["conv"]["kernel"]
+    assert np.std(kernel) == pytest.approx(0.01, rel=0.03)
+
+
+def test_the_published_residual_cam_model_starts_as_torchvisions_vgg():
+    options = {"trunk": "vgg11", "head_width": 16}
+    by_default, asked = (
+        start("residual_cam", **options),
+        start("residual_cam", init="torchvision", **options),
+    )
+    jax.tree.map(np.testing.assert_array_equal, by_default, asked)
+    assert not any(np.any(bias) for _, _, bias in layers_of(by_default))
+
+
 def test_start_of_the_lstm_is_pytorchs():
     """All of torch.nn.LSTM's parameters are uniform in +-1/sqrt(hidden size)."""
     lstm = start("lstm_cnn")["lstm"]
@@ -219,7 +246,7 @@ def test_start_of_local_attention():
 
 
 STARTS = {
-    "torchvision": ["resnet18", "resnet50", "vgg11", "vgg16_residual_cam"],
+    "torchvision": ["resnet18", "resnet50", "vgg11"],
     "kaiming_uniform": ["ai_inno_cnn", "like_vgg", "ts_cnn"],
     "pytorch": [*SHOPEE, "expanding_cnn", "fashion_net0", "fashion_net2", "googlenet", "lenet"],
 }
@@ -340,6 +367,34 @@ def test_a_hierarchical_model_takes_the_options_of_its_trunk():
         models.create_model("hierarchical", 7, trunk="vgg11", head_width=0)
     with pytest.raises(InputError, match=r"model\.batch_norm: hierarchical_resnet18 has no such"):
         models.create_model("hierarchical_resnet18", 7, batch_norm=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "there", "absent"),
+    [
+        ({"trunk": "vgg11", "batch_norm": False}, "conv5_2", "norm5_2"),
+        ({"trunk": "expanding_cnn", "depth": 2, "expansion": "double"}, "conv2", "conv3"),
+        ({"trunk": "googlenet", "variant": "torchvision"}, "stem2", None),
+        ({"trunk": "local_attention_cnn", "heads": 8}, "attention", None),
+    ],
+)
+def test_a_residual_cam_model_takes_the_options_of_its_trunk(options, there, absent):
+    """All of them: what its final map looks like is what that model's own does."""
+    model = models.create_model("residual_cam", 7, head_width=16, **options)
+    trunk = abstract_variables(model, 1, 32, 32, 3)["params"]["trunk"]
+    own = models.create_model(options["trunk"], 0, **{k: options[k] for k in list(options)[1:]})
+    assert trunk == abstract_variables(own, 1, 32, 32, 3)["params"]["trunk"]
+    assert there in trunk
+    assert absent not in trunk
+
+
+def test_an_option_that_the_trunk_of_a_residual_cam_model_lacks_is_refused():
+    with pytest.raises(InputError, match=r"model\.depth: 5 is not possible; give one of 1, 2, 3"):
+        models.create_model("residual_cam", 3, trunk="expanding_cnn", depth=5)
+    with pytest.raises(InputError, match=r"model\.depth: residual_cam has no such option"):
+        models.create_model("residual_cam", 3, trunk="resnet18", depth=2)
+    with pytest.raises(InputError, match=r"model\.trunk: 5 is not possible; give text"):
+        models.create_model("residual_cam", 3, trunk=5)
 
 
 def test_a_trunk_without_a_map_is_refused():

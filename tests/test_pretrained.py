@@ -218,11 +218,28 @@ def test_a_hierarchical_model_takes_the_trunk(tmp_path, name):
     }
 
 
-def test_the_residual_cam_model_takes_all_of_vgg(tmp_path):
-    path = write(network("vgg16_bn"), tmp_path / "w.safetensors")
-    model, variables = model_and_variables("vgg16_residual_cam", head_width=WIDTH)
+@pytest.mark.parametrize("name", ["vgg16_bn", "vgg11"])
+def test_the_residual_cam_model_takes_all_of_vgg(tmp_path, name):
+    path, (trunk, options, _) = tmp_path / "w.safetensors", (NETWORKS | OTHERS)[name]
+    write(network(name), path)
+    model, variables = model_and_variables("residual_cam", trunk=trunk, **options)
     _, report = pretrained.load(path, model, variables)
     assert set(report.initialised) == {"params/cam_head/kernel", "params/cam_head/bias"}
+    assert report.unused == ()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "googlenet"])
+def test_the_residual_cam_model_takes_another_trunk(tmp_path, name):
+    twin, (trunk, options, _) = network(name), NETWORKS[name]
+    path = write(twin, tmp_path / "w.safetensors")
+    model, variables = model_and_variables("residual_cam", trunk=trunk, head_width=8, **options)
+    loaded, report = pretrained.load(path, model, variables)
+    theirs, ours = LAST[name]
+    kernel = kernel_at(loaded["params"]["trunk"], ours)
+    np.testing.assert_array_equal(kernel, state(twin)[theirs].transpose(2, 3, 1, 0))
+    assert {name.split("/")[1] for name in report.initialised} == {"cam_head", "classifier"}
+    pretrained.save(path, model, loaded)
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load(path, model, variables)[0], loaded)
 
 
 def test_names_of_the_hub_come_from_its_cache(tmp_path, monkeypatch):

@@ -135,8 +135,10 @@ class GoogLeNetTrunk(nn.Module):
         torchvision = self.variant == "torchvision"
         check_images(images, f"googlenet ({self.variant})", smallest=15 if torchvision else 1)
 
+        layers = self.layers.of_family("googlenet")
+
         def conv(x: jax.Array, features: int, kernel: int, stride: int, name: str) -> jax.Array:
-            module = ConvNorm(self.layers, features, kernel, stride, torchvision, name=name)
+            module = ConvNorm(layers, features, kernel, stride, torchvision, name=name)
             return module(x, train)
 
         pool = _pool_unpadded if torchvision else _pool_padded
@@ -146,9 +148,7 @@ class GoogLeNetTrunk(nn.Module):
         x = pool(conv(x, 192, 3, 1, "stem3"), 3)
         for stage, blocks in enumerate(STAGES, 3):
             for letter, widths in zip("abcde", blocks, strict=False):
-                block = Inception(
-                    self.layers, widths, torchvision, name=f"inception{stage}{letter}"
-                )
+                block = Inception(layers, widths, torchvision, name=f"inception{stage}{letter}")
                 x = block(x, train)
             if stage == 3:
                 x = pool(x, 3)
@@ -189,9 +189,7 @@ class GoogLeNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """images (N, H, W, C) -> logits (N, num_classes), at least float32."""
-        init = self.initialisation
-        own = "torchvision_googlenet" if init == "torchvision" else init
-        layers = Layers(own, self.dtype, self.param_dtype)
+        layers = Layers(self.initialisation, self.dtype, self.param_dtype).of_family("googlenet")
         x = GoogLeNetTrunk(layers, self.variant, name="trunk")(images, train)
         self.sow("intermediates", "features", x)
         rate = self.dropout

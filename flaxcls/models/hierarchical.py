@@ -76,5 +76,5 @@ class Hierarchical(nn.Module):
         return HierarchicalLogits(layers.logits(joined, self.num_classes), parent)
 
 
-register("hierarchical", Hierarchical)
-register("hierarchical_resnet18", partial(Hierarchical, trunk="resnet18"))
+register("hierarchical", Hierarchical, nested=model_options)
+register("hierarchical_resnet18", partial(Hierarchical, trunk="resnet18"), nested=model_options)

@@ -1,7 +1,7 @@
 """What the models share: layers with a model's initialisation and precision, and input checks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -97,6 +97,14 @@ class Layers:
     init: str
     dtype: Any
     param_dtype: Any
+
+    def of_family(self, family: str) -> "Layers":
+        """These layers; where `init` is torchvision, with what torchvision's `family` starts from.
+
+        `family` is resnet or googlenet.
+        """
+        own = f"{self.init}_{family}"
+        return replace(self, init=own) if own in INITIALISATIONS else self
 
     def conv(
         self,

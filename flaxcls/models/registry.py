@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from flaxcls.errors import InputError, did_you_mean
 from flaxcls.models.layers import Layers
-from flaxcls.models.options import COMMON, Rule, check, check_dtype, rule_of
+from flaxcls.models.options import COMMON, TEXT, Rule, check, check_dtype, rule_of
 
 
 class Entry(NamedTuple):
@@ -21,11 +21,13 @@ class Entry(NamedTuple):
       trunk: makes the module that maps images (N, H, W, C) to the final map (N, h, w, c), called
         as `trunk(layers, name=...)(images, train)`; None where the model has no such map.
       rules: what the values of the model's own options must be.
+      nested: a model's name -> the options that it adds as this one's `trunk`; None: it has none.
     """
 
     factory: Callable[..., nn.Module]
     trunk: Callable[..., nn.Module] | None
     rules: dict[str, Rule]
+    nested: Callable[[str], Mapping[str, Any]] | None
 
 
 registry: dict[str, Entry] = {}
@@ -39,18 +41,22 @@ def register(
     factory: Callable[..., nn.Module],
     trunk: Callable[..., nn.Module] | None = None,
     rules: Mapping[str, Rule] | None = None,
+    nested: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> None:
     """Enters a model under `name`.
 
     Args:
       name: as `create_model` takes it.
       factory: a module class, or a `functools.partial` of one, whose fields are `num_classes` and
-        the options with their defaults; the option `init` is the field `initialisation`. One with
-        the field `trunk_options` takes the options of the model that `trunk` names, too.
-      trunk: a module class, or a partial of one, with the field `layers`, if there is a final map.
+        the options with their defaults; the option `init` is the field `initialisation`.
+      trunk: a module class, or a partial of one, with the field `layers`, if there is a final map;
+        its fields that have the name of one of the model's options take the value of that option.
       rules: what the values of options may be that neither `options.COMMON` nor their type tells.
+      nested: of a model whose field `trunk` names another: which options of that one it takes
+        besides its own, `model_options` or `trunk_options`; they are put into the field
+        `trunk_options`.
     """
-    registry[name] = Entry(factory, trunk, dict(rules or {}))
+    registry[name] = Entry(factory, trunk, dict(rules or {}), nested)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -73,6 +79,16 @@ def model_options(name: str) -> dict[str, Any]:
     }
 
 
+def trunk_options(name: str) -> dict[str, Any]:
+    """The options of a model that its final feature map depends on, with their defaults.
+
+    Raises:
+      InputError: the model is unknown, or has no final feature map.
+    """
+    fields = inspect.signature(_trunk(name)).parameters
+    return {o: default for o, default in model_options(name).items() if o in fields}
+
+
 def create_model(
     name: str, num_classes: int, *, module_name: str | None = None, **options: Any
 ) -> nn.Module:
@@ -83,7 +99,7 @@ def create_model(
       num_classes: classes; 0 gives the network without its last layer, whose output are the
         features that this layer sees, (N, F).
       module_name: its name as a part of another module.
-      **options: those of `model_options(name)`, and of a hierarchical model those of its trunk;
+      **options: those of `model_options(name)`, and of a model with a `trunk` those of the trunk;
         dtypes may be given by name.
 
     Returns:
@@ -97,9 +113,9 @@ def create_model(
     entry = registry[name]
     fields = inspect.signature(entry.factory).parameters
     of_trunk = {}
-    if "trunk_options" in fields:
-        trunk = options.get("trunk", fields["trunk"].default)
-        taken = model_options(trunk)
+    if entry.nested is not None:
+        trunk = check("trunk", options.get("trunk", fields["trunk"].default), TEXT)
+        taken = entry.nested(trunk)
         of_trunk = {o: v for o, v in options.items() if o in taken and o not in known}
         create_model(trunk, 0, **of_trunk)  # checks them now, not when the model is first called
         options = {o: v for o, v in options.items() if o not in of_trunk}
@@ -129,19 +145,32 @@ def _shown(options: dict[str, Any]) -> list[str]:
     return [option for option in options if option not in ("dtype", "param_dtype")]
 
 
-def create_trunk(name: str, layers: Layers, *, module_name: str = "trunk") -> nn.Module:
+def create_trunk(
+    name: str, init: str | None, dtype: Any, param_dtype: Any, **options: Any
+) -> nn.Module:
     """Make the trunk of the model `name`; to be called inside another model's `__call__`.
+
+    Args:
+      name: one of `list_models()`.
+      init: where its weights start; None: where those of the model start by default.
+      dtype, param_dtype: see `layers.Layers`.
+      **options: those of `trunk_options(name)`; what is left out takes the model's default.
 
     Raises:
       InputError: the model is unknown, or has no final feature map.
     """
+    layers = Layers(init or model_options(name).get("init", "flax"), dtype, param_dtype)
+    return _trunk(name)(layers=layers, name="trunk", **trunk_options(name) | options)
+
+
+def _trunk(name: str) -> Callable[..., nn.Module]:
     trunk = _entry(name).trunk
     if trunk is None:
         have = [other for other in list_models() if registry[other].trunk is not None]
         raise InputError(
             f"model.trunk: {name} has no final feature map; {did_you_mean(name, have)}"
         )
-    return trunk(layers=layers, name=module_name)
+    return trunk
 
 
 def _entry(name: str) -> Entry:

@@ -1,15 +1,17 @@
 """A classifier whose logits are multiplied by those of a global average pool, for CAMs."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from flaxcls import ops
 from flaxcls.models.layers import Layers, flatten, global_mean
-from flaxcls.models.registry import create_trunk, register
+from flaxcls.models.registry import create_trunk, register, trunk_options
 from flaxcls.models.vgg import VGGClassifier
 
 
@@ -27,7 +29,9 @@ class ResidualCAM(nn.Module):
       head_width: features of the classifier's hidden dense layers.
       dropout: share of their outputs that training drops.
       cam_dropout: share of the mean that training drops.
-      initialisation: the option `init`: where the weights start, one of `layers.INIT_CHOICES`.
+      trunk_options: the trunk's own options, which `create_model` takes as if they were this one's.
+      initialisation: the option `init`: where the weights start, one of `layers.INIT_CHOICES`;
+        None: the trunk as by its default, the heads as `torchvision`.
       dtype: dtype of the computation; None: what images and parameters promote to.
       param_dtype: dtype of the parameters.
     """
@@ -38,15 +42,19 @@ class ResidualCAM(nn.Module):
     head_width: int = 4096
     dropout: float = 0.5
     cam_dropout: float = 0.3
-    initialisation: str = "torchvision"
+    trunk_options: Mapping[str, Any] = FrozenDict()
+    initialisation: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """images (N, H, W, C) -> logits (N, num_classes), at least float32."""
-        layers = Layers(self.initialisation, self.dtype, self.param_dtype)
-        x = create_trunk(self.trunk, layers)(images, train)
+        layers = Layers(self.initialisation or "torchvision", self.dtype, self.param_dtype)
+        trunk = create_trunk(
+            self.trunk, self.initialisation, self.dtype, self.param_dtype, **self.trunk_options
+        )
+        x = trunk(images, train)
         if self.pool_size is not None:
             x = ops.adaptive_avg_pool(x, self.pool_size)
         self.sow("intermediates", "features", x)
@@ -61,5 +69,5 @@ class ResidualCAM(nn.Module):
         return classifier(flatten(x), train) * factor
 
 
-register("residual_cam", ResidualCAM)
-register("vgg16_residual_cam", partial(ResidualCAM, trunk="vgg16"))
+register("residual_cam", ResidualCAM, nested=trunk_options)
+register("vgg16_residual_cam", partial(ResidualCAM, trunk="vgg16"), nested=trunk_options)

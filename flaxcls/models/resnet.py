@@ -14,11 +14,6 @@ from flaxcls.models.registry import register
 WIDTHS = (64, 128, 256, 512)
 
 
-def _resnet_layers(init: str, dtype: Any, param_dtype: Any) -> Layers:
-    own = "torchvision_resnet" if init == "torchvision" else init
-    return Layers(own, dtype, param_dtype)
-
-
 class Block(nn.Module):
     """A residual block: two 3x3 convolutions, or 1x1, 3x3 and 1x1 in a bottleneck.
 
@@ -94,16 +89,17 @@ class ResNetTrunk(nn.Module):
           InputError: the images are no batch.
         """
         check_images(images, "resnet", smallest=1)
-        x = self.layers.conv(
+        layers = self.layers.of_family("resnet")
+        x = layers.conv(
             images, 64, 7, strides=2, padding=((3, 3), (3, 3)), use_bias=False, name="conv1"
         )
-        x = self.layers.batch_norm(x, train, name="norm1", relu=True)
+        x = layers.batch_norm(x, train, name="norm1", relu=True)
         x = ops.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, (width, blocks) in enumerate(zip(WIDTHS, self.blocks, strict=True), 1):
             for i in range(1, blocks + 1):
                 stride = 2 if stage > 1 and i == 1 else 1
                 name = f"stage{stage}_block{i}"
-                x = Block(self.layers, width, stride, self.bottleneck, name=name)(x, train)
+                x = Block(layers, width, stride, self.bottleneck, name=name)(x, train)
         return x
 
 
@@ -129,7 +125,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """images (N, H, W, C) -> logits (N, num_classes), at least float32."""
-        layers = _resnet_layers(self.initialisation, self.dtype, self.param_dtype)
+        layers = Layers(self.initialisation, self.dtype, self.param_dtype).of_family("resnet")
         x = ResNetTrunk(layers, self.blocks, self.bottleneck, name="trunk")(images, train)
         self.sow("intermediates", "features", x)
         return layers.logits(global_mean(x), self.num_classes)

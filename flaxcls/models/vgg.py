@@ -137,5 +137,5 @@ for _name, _convs in CONVS.items():
     register(
         _name,
         partial(VGG, convs=_convs, pointwise_last=_pointwise),
-        partial(VGGTrunk, convs=_convs, pointwise_last=_pointwise, batch_norm=True),
+        partial(VGGTrunk, convs=_convs, pointwise_last=_pointwise),
     )

@@ -12,7 +12,7 @@ from flaxcls.models.hierarchical import Hierarchical
 from flaxcls.models.registry import create_model
 from flaxcls.models.residual_cam import ResidualCAM
 from flaxcls.models.resnet import ResNet
-from flaxcls.models.vgg import CHANNELS, CONVS, VGG
+from flaxcls.models.vgg import CHANNELS, VGG
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -52,18 +52,26 @@ def layout_of(model: nn.Module) -> Layout | None:
         return Layout(tuple(_resnet(model)), IMAGENET)
     if isinstance(model, GoogLeNet) and model.variant == "torchvision":
         return Layout(tuple(_googlenet()), HALF)
-    if isinstance(model, ResidualCAM) and model.trunk in CONVS and model.trunk != "vgg16c":
-        return Layout(tuple(_vgg(CONVS[model.trunk], batch_norm=True)), IMAGENET)
-    if isinstance(model, Hierarchical):
-        trunk = layout_of(create_model(model.trunk, 1, **model.trunk_options))
-        if trunk is not None:
-            entries = [
-                entry._replace(path=(entry.path[0], "trunk", *entry.path[1:]))
-                for entry in trunk.entries
-                if not is_head(entry.path)
-            ]
-            return trunk._replace(entries=tuple(entries))
+    if isinstance(model, Hierarchical | ResidualCAM):
+        trunk = create_model(model.trunk, 1, **model.trunk_options)
+        layout = layout_of(trunk)
+        if layout is None:
+            return None
+        if isinstance(model, Hierarchical):
+            return _without_head(layout, "trunk")
+        # VGG's own classifier is a part of that head, under the same names.
+        return layout if isinstance(trunk, VGG) else _without_head(layout)
     return None
+
+
+def _without_head(layout: Layout, *under: str) -> Layout:
+    """The layout of a model's part in front of its head, which another has at the path `under`."""
+    entries = [
+        entry._replace(path=(entry.path[0], *under, *entry.path[1:]))
+        for entry in layout.entries
+        if not is_head(entry.path)
+    ]
+    return layout._replace(entries=tuple(entries))
 
 
 def is_head(path: tuple[str, ...]) -> bool:
