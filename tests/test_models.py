@@ -404,10 +404,32 @@ def test_a_trunk_without_a_map_is_refused():
         )
 
 
-@pytest.mark.parametrize(("size", "smallest"), [(24, 32), (48, 32)])
-def test_maps_that_do_not_divide_into_patches_are_refused(size, smallest):
-    with pytest.raises(InputError, match=f"{size}x{size}.*smallest.* {smallest}x{smallest}"):
-        abstract_variables(models.create_model("lstm_cnn", 3), 1, size, size, 3)
+@pytest.mark.parametrize(
+    ("options", "smallest"),
+    [
+        ({}, 32),
+        ({"patch_size": 1}, 16),
+        ({"patch_size": 3, "last_pool": False}, 24),
+        ({"patch_size": 1, "last_pool": False}, 8),
+    ],
+)
+def test_the_smallest_image_of_lstm_cnn_follows_from_its_patches(options, smallest):
+    model = models.create_model("lstm_cnn", 3, **options)
+    abstract_variables(model, 1, smallest, smallest, 3)
+    for size in (smallest - 1, smallest // 2):
+        message = f"model lstm_cnn: .*{size}x{size + 9} pixels.*smallest.* {smallest}x{smallest}$"
+        with pytest.raises(InputError, match=message):
+            abstract_variables(model, 1, size, size + 9, 3)
+
+
+def test_maps_that_do_not_divide_into_patches_are_refused():
+    model = models.create_model("lstm_cnn", 3)
+    abstract_variables(model, 1, 40, 47, 3)
+    message = "images of 40x48 pixels give maps of 2x3.*multiples of 32, as in 32x32, or at most 15"
+    with pytest.raises(InputError, match=message):
+        abstract_variables(model, 1, 40, 48, 3)
+    with pytest.raises(InputError, match=r"shape \(40, 48, 3\); give them as"):
+        abstract_variables(model, 40, 48, 3)
 
 
 def test_heads_that_do_not_divide_the_channels_are_refused():

@@ -39,10 +39,12 @@ class BaselineTrunk(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """images (N, H, W, C), H and W >= 16 -> (N, H // 16, W // 16, 128).
 
+        Without the last pool, H and W >= 8 -> (N, H // 8, W // 8, 128).
+
         Raises:
           InputError: the images are too small.
         """
-        check_images(images, "baseline_cnn", smallest=16)
+        check_images(images, "baseline_cnn", smallest=16 if self.last_pool else 8)
         x, number = images, 0
         for group in GROUPS:
             for features in group:

@@ -9,7 +9,7 @@ from flax.linen.dtypes import promote_dtype
 
 from flaxcls.errors import InputError
 from flaxcls.models.baseline_cnn import BaselineTrunk
-from flaxcls.models.layers import INITIALISATIONS, Layers, global_mean
+from flaxcls.models.layers import INITIALISATIONS, Layers, check_images, global_mean
 from flaxcls.models.options import one_of
 from flaxcls.models.registry import register
 
@@ -112,25 +112,28 @@ class LSTMCNN(nn.Module):
         """images (N, H, W, C) -> logits (N, num_classes), at least float32.
 
         Raises:
-          InputError: the trunk's map does not divide into patches.
+          InputError: the images are too small, or the trunk's map does not divide into patches.
         """
+        self._check_size(images)
         layers = Layers(self.initialisation, self.dtype, self.param_dtype)
         x = BaselineTrunk(layers, self.last_pool, name="trunk")(images, train)
-        self._check_map(images, x)
         sequence = to_patches(x, self.patch_size)
         lstm = LSTM(layers, self.patch_size**2, self.lstm_layers, self.biases, name="lstm")
         x = from_patches(lstm(sequence), x.shape, self.patch_size)
         self.sow("intermediates", "features", x)
         return layers.logits(global_mean(x), self.num_classes)
 
-    def _check_map(self, images: jax.Array, x: jax.Array) -> None:
-        h, w = x.shape[1:3]
-        if h % self.patch_size or w % self.patch_size:
-            unit = self.patch_size * (16 if self.last_pool else 8)
+    def _check_size(self, images: jax.Array) -> None:
+        stride = 16 if self.last_pool else 8
+        unit = stride * self.patch_size
+        check_images(images, "lstm_cnn", smallest=unit)
+        h, w = images.shape[1:3]
+        rows, columns = h // stride, w // stride
+        if rows % self.patch_size or columns % self.patch_size:
             raise InputError(
-                f"model lstm_cnn: images of {images.shape[1]}x{images.shape[2]} pixels give maps "
-                f"of {h}x{w}, which do not divide into patches of {self.patch_size}; "
-                f"the smallest images it takes are {unit}x{unit}, and multiples of that"
+                f"model lstm_cnn: images of {h}x{w} pixels give maps of {rows}x{columns}, which do "
+                f"not divide into patches of {self.patch_size}; make height and width multiples of "
+                f"{unit}, as in {h // unit * unit}x{w // unit * unit}, or at most {stride - 1} more"
             )
 
 
