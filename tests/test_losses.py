@@ -384,6 +384,25 @@ def test_the_hierarchical_loss_equals_pytorch_term_by_term(torch, x64, kl_reduct
         np.testing.assert_allclose(logged, term.item(), rtol=1e-12, err_msg=name)
 
 
+@pytest.mark.parametrize("kl_reduction", ["batchmean", "mean"])
+def test_a_given_distribution_over_siblings_is_pytorchs_target(torch, x64, kl_reduction):
+    (child, parent), labels = _batch_of("hierarchical", "float64")
+    drawn = np.random.default_rng(3).random((3, NUM_CLASSES))
+    drawn = drawn * (np.array(PARENTS) == np.arange(3)[:, None])
+    drawn /= drawn.sum(1, keepdims=True)
+    loss = losses.create_loss(
+        "hierarchical", parents=PARENTS, siblings=drawn, kl_reduction=kl_reduction
+    )
+    log_p = torch.log_softmax(torch.tensor(np.asarray(child)), 1)
+    target = torch.tensor(drawn[np.asarray(labels)[:, 1]])
+    expected = torch.nn.functional.kl_div(log_p, target, reduction=kl_reduction)
+    kl = loss((child, parent), labels).parts["kl"].mean()
+    np.testing.assert_allclose(kl, expected.item(), rtol=1e-12)
+
+    uniform = losses.create_loss("hierarchical", parents=PARENTS)((child, parent), labels)
+    assert abs(uniform.parts["kl"].mean() / kl - 1) > 0.01
+
+
 def test_a_child_distribution_uniform_over_its_siblings_has_no_divergence():
     child = jnp.where(jnp.array(PARENTS) == 1, 5.0, -1e4)[None]
     loss = losses.create_loss("hierarchical", parents=PARENTS)
@@ -622,6 +641,31 @@ def test_a_beta_out_of_its_range_is_refused(beta):
         ("hierarchical", {"parents": (0, 2)}, "leave out parent 1"),
         ("hierarchical", {"parents": (0, -1)}, "must be whole numbers from 0"),
         ("hierarchical", {"parents": (0.0, 1.0)}, "must be whole numbers from 0"),
+        (
+            "hierarchical",
+            {"parents": (0, 1, 1), "siblings": np.eye(2)},
+            r"siblings: shape \(2, 2\) for 2 parents of 3 classes; give a row a parent",
+        ),
+        (
+            "hierarchical",
+            {"parents": (0, 1, 1), "siblings": [[1, 0, 0], [0, 0.5, 0.4]]},
+            r"siblings: row 1, \[0.0, 0.5, 0.4\], is no distribution",
+        ),
+        (
+            "hierarchical",
+            {"parents": (0, 1, 1), "siblings": [[1, 0, 0], [0, 1.5, -0.5]]},
+            "siblings: row 1, .* is no distribution",
+        ),
+        (
+            "hierarchical",
+            {"parents": (0, 1, 1), "siblings": [[float("nan"), 0, 0], [0, 1, 0]]},
+            "siblings: row 0, .* is no distribution",
+        ),
+        (
+            "hierarchical",
+            {"parents": (0, 1, 1), "siblings": [[0.9, 0.1, 0], [0, 1, 0]]},
+            "siblings: row 0 has 0.1 for class 1, which is no child of that parent",
+        ),
         ("hierarchical", {"parents": (0, 1), "kl_weight": -1.0}, "loss.kl_weight: -1.0 must be"),
         (
             "hierarchical",

@@ -17,6 +17,7 @@ HIERARCHICAL_PARTS = ("child", "parent", "kl")
 def hierarchical(
     *,
     parents: Sequence[int] | np.ndarray = (),
+    siblings: Sequence[Sequence[float]] | np.ndarray | None = None,
     child_weight: float = 1.0,
     parent_weight: float = 1.0,
     kl_weight: float = 1.0,
@@ -27,14 +28,17 @@ def hierarchical(
     """Cross-entropy of the child and of the parent, and a pull of the child towards its siblings.
 
     value = child_weight CE(child) + parent_weight CE(parent) + kl_weight KL(t || softmax(child)),
-    where t is uniform over the children of the true parent and 0 elsewhere; the divergence is that
-    of `kl_divergence`. The parts `child`, `parent` and `kl` are the terms as they are, not
-    multiplied by their weights, so that runs that weigh them differently compare.
+    where t is the true parent's distribution over its children, 0 elsewhere, and uniform unless
+    given; the divergence is that of `kl_divergence`. The parts `child`, `parent` and `kl` are the
+    terms as they are, not multiplied by their weights, so that runs that weigh them differently
+    compare.
     A class weight is that of the true child and weighs the whole example, all three terms: the
     part `child` is PyTorch's weighted mean, and the loss the weighted sum of the parts as logged.
 
     Args:
       parents: int (K,), the parent of each child class, in 0..P - 1, each at least once.
+      siblings: (P, K), of each parent the distribution over the classes: no number below 0, the sum
+        of a row 1, and 0 for classes of other parents; None for uniform ones.
       child_weight, parent_weight, kl_weight: at least 0, not all 0.
       kl_reduction: `batchmean`, the mean of the divergence over examples, or `mean`, over all N K
         terms.
@@ -46,8 +50,9 @@ def hierarchical(
       (child, parent).
 
     Raises:
-      InputError: an option is out of its range, or `parents` is not as above; when the function is
-        traced: logits or labels are not those of a child and its parent, or K and P do not fit.
+      InputError: an option is out of its range, or `parents` or `siblings` are not as above; when
+        the function is traced: logits or labels are not those of a child and its parent, or K and P
+        do not fit.
     """
     term_weights = {"child": child_weight, "parent": parent_weight, "kl": kl_weight}
     for name, weight in term_weights.items():
@@ -60,13 +65,14 @@ def hierarchical(
     check_choice("kl_reduction", kl_reduction, KL_REDUCTIONS)
     of_child = cross_entropy(class_weights=class_weights, label_smoothing=label_smoothing)
     of_parent = cross_entropy()
-    siblings = _sibling_distribution(parents)
+    uniform = _sibling_distribution(parents)
+    given = uniform if siblings is None else _checked_siblings(siblings, uniform)
 
     def loss(logits: Any, labels: jax.Array) -> Loss:
-        _check_pair(logits, labels, siblings)
+        _check_pair(logits, labels, given)
         child, parent = logits
         child = child.astype(jnp.promote_types(child.dtype, jnp.float32))
-        target = jnp.asarray(siblings, child.dtype)[labels[:, 1]]
+        target = jnp.asarray(given, child.dtype)[labels[:, 1]]
         child_loss = of_child(child, labels[:, 0])
         parts = {
             "child": child_loss.value,
@@ -99,6 +105,34 @@ def _sibling_distribution(parents: Sequence[int] | np.ndarray) -> np.ndarray:
             f"{int(np.argmin(children))}; number them from 0 without a gap"
         )
     return (given == np.arange(len(children))[:, None]) / children[:, None]
+
+
+def _checked_siblings(
+    siblings: Sequence[Sequence[float]] | np.ndarray, uniform: np.ndarray
+) -> np.ndarray:
+    """Returns what was given as float64, or raises InputError."""
+    given = np.asarray(siblings, np.float64)
+    if given.shape != uniform.shape:
+        raise InputError(
+            f"loss.siblings: shape {given.shape} for {uniform.shape[0]} parents of "
+            f"{uniform.shape[1]} classes; give a row a parent and a column a class"
+        )
+    # A sum of float32 numbers is 1 to about 1e-6.
+    proper = np.all(given >= 0, axis=1) & (np.abs(given.sum(axis=1) - 1) < 1e-5)
+    if not proper.all():
+        row = int(np.argmin(proper))
+        raise InputError(
+            f"loss.siblings: row {row}, {given[row].tolist()}, is no distribution; give numbers of "
+            "at least 0 whose sum is 1"
+        )
+    strange = np.argwhere((given > 0) & (uniform == 0))
+    if len(strange):
+        parent, child = strange[0].tolist()
+        raise InputError(
+            f"loss.siblings: row {parent} has {given[parent, child]} for class {child}, which is "
+            "no child of that parent; give 0 there"
+        )
+    return given
 
 
 def _check_pair(logits: Any, labels: jax.Array, siblings: np.ndarray) -> None:
