@@ -31,6 +31,8 @@ _BOOKKEEPING = {
     "images_per_second",
     "wait_share",
     "peak_memory_bytes",
+    "compile_seconds",
+    "elapsed_seconds",
 }
 _SCORES = ("accuracy", "top_", "precision", "recall", "f1", "errors_within_parent")
 

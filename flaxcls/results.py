@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from flaxcls import config as config_module
 from flaxcls import pretrained, runlog
 from flaxcls.checkpoint import check_directory
+from flaxcls.compilation import compile_seconds
 from flaxcls.data.dataset import class_counts, fingerprint, named
 from flaxcls.data.load import check_run_folder
 from flaxcls.errors import InputError, another_workdir
@@ -92,6 +93,7 @@ class RunFiles:
     """
 
     def __init__(self, folder: Path, config: ConfigDict):
+        self._opened = runlog.seconds_since_start(), compile_seconds()
         check_run_folder(folder, config.data.source, config.data.path)
         self.folder = folder
         self.writes = jax.process_index() == 0
@@ -175,7 +177,7 @@ class RunFiles:
             (self.folder / "summary.json").replace(self.folder / PREVIOUS_SUMMARY)
         with runlog.writing(self.folder):
             config_module.save(self._config, self.folder / "config.json")
-        runlog.record_session(self.folder / "environment.json")
+        runlog.record_session(self.folder / "environment.json", self._start_up())
         images, labels, index = exemplars(experiment)
         runlog.write_json(self.folder / "preprocess.json", describe(experiment, images))
         names = np.array(experiment.data.dataset.class_names)
@@ -184,6 +186,20 @@ class RunFiles:
         runlog.write_metrics(self.folder / "metrics.jsonl", history)
         if self._config.log.tensorboard:
             self._events = Events(self.folder / "tensorboard", history)
+
+    def _start_up(self) -> dict[str, float]:
+        """Returns what the process did with its seconds until now, before the first step.
+
+        `import_seconds` went by until the folder was opened. `data_seconds` is reading the data
+        and putting them in their place, with what little there is besides compilation.
+        """
+        opened, compiled_before = self._opened
+        compiling = compile_seconds() - compiled_before
+        return {
+            "import_seconds": opened,
+            "data_seconds": runlog.seconds_since_start() - opened - compiling,
+            "compile_seconds": compiling,
+        }
 
     def add_records(self, records: list[Record]) -> None:
         if not self.writes:

@@ -275,13 +275,16 @@ def seconds_since_start() -> float:
         return time.monotonic() - _IMPORTED
 
 
-def record_session(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Adds this process to the sessions of `environment.json` and returns what was added."""
+def record_session(path: str | os.PathLike[str], start_up: Mapping[str, float]) -> dict[str, Any]:
+    """Adds this process to the sessions of `environment.json` and returns what was added.
+
+    `start_up` is what the process did with its seconds until now.
+    """
     stored = read_json(path) if Path(path).exists() else {"sessions": []}
     sessions = stored.get("sessions") if isinstance(stored, dict) else None
     if not isinstance(sessions, list):
         raise InputError(f"'{path}' holds no list of sessions; restore or remove it")
-    session = environment()
+    session = {**environment(), "start_up": dict(start_up)}
     write_json(path, {"sessions": [*sessions, session]})
     return session
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from flaxcls import metrics, ops, runlog
 from flaxcls.checkpoint import Checkpoints
+from flaxcls.compilation import compile_seconds
 from flaxcls.data.dataset import class_counts
 from flaxcls.data.loader import DeviceIterator
 from flaxcls.errors import InputError, another_workdir, out_of_memory
@@ -223,6 +224,7 @@ class Loop:
         self._in_flight: collections.deque[Any] = collections.deque()
         self._reported: Totals | None = None
         self._report_due = 0.0
+        self._compiled = 0.0  # seconds, when times were last recorded
 
     def restore_or_initialise(self) -> None:
         restored = self.checkpoints.restore_latest(
@@ -245,6 +247,7 @@ class Loop:
                 self.progress.note(f"the checkpoint of step {damaged} is damaged and left out")
             self.progress.note(f"resumed: step {self.step}, from {self.files.folder}")
         self.files.begin(self.experiment, self.history)
+        self._compiled = compile_seconds()
 
     def _take_weights(self) -> None:
         """Puts imported weights in the place of those that were drawn."""
@@ -402,6 +405,19 @@ class Loop:
             "images_per_second": images / seconds,
             "wait_share": clock.waited / seconds,
             "peak_memory_bytes": peak_memory(),
+            **self._process_times(),
+        }
+
+    def _process_times(self) -> dict[str, float]:
+        """What a record that is made now says of this process.
+
+        Returns:
+          `elapsed_seconds` since its command, and `compile_seconds` of them since the last record.
+        """
+        before, self._compiled = self._compiled, compile_seconds()
+        return {
+            "compile_seconds": self._compiled - before,
+            "elapsed_seconds": runlog.seconds_since_start(),
         }
 
     def _validate(self, epoch: int) -> Record:
@@ -419,6 +435,7 @@ class Loop:
             **result.record,
             "seconds": seconds,
             "images_per_second": len(feed.split) / seconds,
+            **self._process_times(),
         }
 
     def _end_epoch(self, records: list[Record]) -> None:

@@ -98,6 +98,7 @@ def test_a_line_an_epoch_and_split(finished):
         (2, "val", 16),
     ]
     both = {"epoch", "split", "step", "seconds", "images_per_second"} | METRICS | PER_CLASS
+    both |= {"compile_seconds", "elapsed_seconds"}
     for record in written:
         more = (
             {"learning_rate", "wait_share", "peak_memory_bytes"}
@@ -106,6 +107,23 @@ def test_a_line_an_epoch_and_split(finished):
         )
         assert set(record) == both | more
         assert all(len(record[name]) == 10 for name in PER_CLASS)
+
+
+def test_the_times_of_a_run_add_up(finished):
+    """Start-up, and between records compilation and the work itself."""
+    session = read(finished / "environment.json")["sessions"][0]
+    assert set(session["start_up"]) == {"import_seconds", "data_seconds", "compile_seconds"}
+    assert min(session["start_up"].values()) >= 0
+    passed = sum(session["start_up"].values())
+    for record in records(finished):
+        took = record["elapsed_seconds"] - passed
+        # The first call of a step, which compiles it, is no part of an epoch's own seconds.
+        assert record["compile_seconds"] >= 0
+        assert record["seconds"] <= took
+        passed = record["elapsed_seconds"]
+    compiled = [record["compile_seconds"] for record in records(finished)]
+    assert min(compiled[:2]) > 0
+    assert max(compiled[2:]) < min(compiled[:2])
 
 
 def test_the_summary_is_what_the_best_epoch_measured(finished):

@@ -32,6 +32,7 @@ ROOMS = (
     "interrupt",
     *CORE,
     "memory",
+    "compilation",
     "history",
     "config",
     "pretrained",

@@ -179,12 +179,13 @@ def test_events_of_a_resumed_run_show_no_step_twice(tmp_path):
 
 def test_environment_says_what_ran_where_and_keeps_every_session(tmp_path):
     path = tmp_path / "environment.json"
-    first = runlog.record_session(path)
-    runlog.record_session(path)
+    first = runlog.record_session(path, {"data_seconds": 1.5})
+    runlog.record_session(path, {})
     sessions = runlog.read_json(path)["sessions"]
     assert len(sessions) == 2
     assert sessions[0] == json.loads(json.dumps(first))
     assert {"python", "jax", "jaxlib", "flax", "optax", "grain", "numpy"} <= set(first["versions"])
+    assert first["start_up"] == {"data_seconds": 1.5}
     assert first["devices"]
     assert first["cpus"] >= 1
     assert first["memory_bytes"] > 0
