@@ -15,15 +15,16 @@ def compile_seconds() -> float:
     return sum(end - began for began, end in _spans)
 
 
-def _note(event: str, began: float, end: float, **_: Any) -> None:
+def _note(event: str, start_time: float, end_time: float, **kwargs: Any) -> None:
+    del kwargs
     if not event.startswith("/jax/core/compile/"):
         return
     # While a function is traced, those that it calls are; it is heard of last.
-    while _spans and _spans[-1][0] >= began:
+    while _spans and _spans[-1][0] >= start_time:
         _spans.pop()
     if _spans:
-        began = max(began, _spans[-1][1])
-    _spans.append((began, max(began, end)))
+        start_time = max(start_time, _spans[-1][1])
+    _spans.append((start_time, max(start_time, end_time)))
 
 
 jax.monitoring.register_event_time_span_listener(_note)
