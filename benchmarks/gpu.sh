@@ -3,14 +3,16 @@
 #
 #     benchmarks/gpu.sh 1|2|3 [options of throughput.py]
 #
-# 1: networks for 28 pixels, train, bfloat16 and float32.
+# 1: networks for 28 pixels, train, bfloat16 and float32; a step shared by the GPUs there are; and,
+#    where FASHION_MNIST names the folder of its IDX files, time to accuracy. That runs the main job,
+#    which needs wheels of all that pyproject.toml names and the machine lacks.
 # 2: networks for 224 and 256 pixels, train, bfloat16.
 # 3: all of them, infer, bfloat16; then some of the large ones, train, float32.
 #
-# Each writes gpu_PART.json, .md and .png to $OUT, or to benchmarks/results. Needed are JAX for the
+# Each writes gpu_PART.json (and gpu_scaling, gpu_accuracy), .md and .png to $OUT, or to benchmarks/results. Needed are JAX for the
 # GPU, flax, optax, NumPy and clu (wheels in .wheels are used; `pip download --no-deps -d .wheels
 # clu` gets that one, and clu needs absl-py and wrapt); PyTorch for its side, matplotlib for the
-# plot. Options come last and win: to try a part without a GPU,
+# plot. Options come last and win (for scaling.py --device alone): to try a part without a GPU,
 #
 #     benchmarks/gpu.sh 2 --device=cpu --size=64 --batch=2 --rounds=1 --without_torch_compile
 set -euo pipefail
@@ -39,8 +41,29 @@ throughput() {
     python3 benchmarks/throughput.py --preset=gpu --json="$results/gpu_$1.json" "${@:2}"
 }
 
+scaling() {
+    local task=(--device=cuda --model=resnet18 --size=224 --batch=256 --batch_each=256)
+    case " $* " in *" --device=cpu "*) task=(--device=cpu --model=resnet18 --size=32 --batch=16) ;; esac
+    timeout 90 python3 benchmarks/scaling.py "${task[@]}" --channels=3 --json="$results/gpu_scaling.json"
+}
+
+time_to_accuracy() {
+    python3 -c 'import flaxcls.train' || {
+        echo "no time to accuracy: the main job lacks a package (see the head of this script)" >&2
+        return 1
+    }
+    timeout 120 python3 benchmarks/time_to_accuracy.py --path="$FASHION_MNIST" --seeds=1 \
+        --json="$results/gpu_accuracy.json"
+}
+
 case $part in
-1) throughput 1 --models=$small --modes=train --minutes=7.5 "${@}" ;;
+1)
+    minutes=6.5
+    [[ -z ${FASHION_MNIST:-} ]] || minutes=4.5
+    throughput 1 --models=$small --modes=train --minutes=$minutes "${@}"
+    scaling "${@}"
+    [[ -z ${FASHION_MNIST:-} ]] || time_to_accuracy
+    ;;
 2) throughput 2 --models=$large --modes=train --dtype=bfloat16 --minutes=7.5 "${@}" ;;
 3)
     throughput 3_infer --models=$large,$small --modes=infer --dtype=bfloat16 --minutes=4.5 "${@}"
