@@ -6,14 +6,17 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 from command_line import SMALL, compiled_once, run
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from small_experiments import lenet
 from small_hub import COMMITS, Hub, serve
 
+from flaxcls import models, pretrained
 from flaxcls.checkpoint import Checkpoints
 from flaxcls.errors import InputError
 from flaxcls.experiment import for_training
@@ -170,6 +173,27 @@ def test_an_explicit_normalisation_wins_over_the_weights(source):
     assert explicit.recipe.preprocess.mean == (0.2,)
     own = for_training(lenet(**keys, normalize__name="dataset"))
     assert own.recipe.preprocess.mean[0] not in (0.2, 0.449)
+
+
+class Own(nn.Module):
+    """As a user writes it: no layer has a name."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return nn.Dense(self.num_classes)(nn.relu(nn.Conv(3, (3, 3))(images)).mean((1, 2)))
+
+
+def test_a_users_own_model_starts_from_a_run_with_other_classes(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.registry, "own", None)  # taken out again after the test
+    models.register("own", Own)
+    params = Own(10).init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
+    pretrained.save(tmp_path / "weights.safetensors", Own(10), jax.device_get(params))
+    keys = {"model__name": "own", "model__init_from": str(tmp_path)}
+    experiment = for_training(lenet(**keys, data__classes=("3", "5", "7")))
+    assert experiment.num_classes == 3
+    assert experiment.weights.source.endswith("weights.safetensors")
 
 
 def test_weights_in_the_state_are_those_of_the_file_also_in_the_average(source):

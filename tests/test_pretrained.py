@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from small_hub import COMMITS, Hub, serve
 
 from flaxcls import models, ops, pretrained
 from flaxcls.errors import InputError
+from flaxcls.pretrained.heads import NAMES, head_of
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch, which is not installed")
 
@@ -190,6 +192,51 @@ def test_a_head_of_another_size_stays_and_is_reported(tmp_path):
     assert set(report.initialised) == {"params/head/kernel", "params/head/bias"}
     assert report.initialised["params/head/kernel"] == "(512, 1000) there, (512, 5) here"
     np.testing.assert_array_equal(loaded["params"]["head"]["bias"], np.full(5, 0.25))
+
+
+class Own(nn.Module):
+    """As a user writes it: no layer has a name."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.relu(nn.Conv(7, (3, 3))(images)).mean((1, 2))
+        return nn.Dense(self.num_classes)(nn.relu(nn.Dense(5)(x)))
+
+
+def shapes_of(model, *image_shape):
+    images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    return jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+
+
+def test_the_head_of_a_users_own_model_may_be_of_another_size(tmp_path):
+    """Also where another layer is as wide as there are classes."""
+    path, image_shape = tmp_path / "own.safetensors", (SIZE, SIZE, 3)
+    model = Own(10)
+    filled = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes_of(model, 8, 8, 3))
+    pretrained.save(path, model, filled)
+    shapes = shapes_of(Own(5), 8, 8, 3)
+    _, report = pretrained.load(path, Own(5), shapes, image_shape=image_shape)
+    assert set(report.initialised) == {"params/Dense_1/kernel", "params/Dense_1/bias"}
+    assert report.initialised["params/Dense_1/kernel"] == "(5, 10) there, (5, 5) here"
+
+    filled["params"]["Dense_0"] = {"kernel": np.ones((7, 6)), "bias": np.ones(6)}
+    pretrained.save(path, model, filled)
+    with pytest.raises(InputError, match=r"'params/Dense_0/(kernel|bias)' has shape .*6\)"):
+        pretrained.load(path, Own(5), shapes, image_shape=image_shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("fashion_net2", {}), ("hierarchical", {"trunk": "lenet"})]
+)
+def test_the_heads_of_our_models_have_their_names(name, options):
+    model = models.create_model(name, 4, **options)
+    shapes = flatten_dict(shapes_of(model, 28, 28, 1))
+    named = {path for path in shapes if path[-2] in NAMES}
+    # Its input is the parents' logits, its output is as wide whatever their number.
+    named -= {("params", "from_parent", "bias")}
+    assert head_of(model, shapes, (28, 28, 1)) == named
 
 
 def kernel_at(params, path):

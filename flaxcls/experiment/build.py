@@ -183,7 +183,14 @@ def imported_weights(
         return None
     shapes = jax.eval_shape(partial(new_state, config, recipe))
     variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
-    return pretrained.load(source, recipe.model, variables, expected=expected)
+    p = recipe.preprocess
+    return pretrained.load(
+        source,
+        recipe.model,
+        variables,
+        expected=expected,
+        image_shape=(p.size, p.size, p.channels),
+    )
 
 
 def check_model(config: ConfigDict, recipe: Recipe) -> None:

@@ -31,6 +31,11 @@ class Entry(NamedTuple):
     names: tuple[str, ...]
     kind: str
 
+    @property
+    def of_head(self) -> bool:
+        """Whether it is a part of the network's last layer, which has the name `head` in ours."""
+        return self.path[-2] == "head"
+
 
 class Layout(NamedTuple):
     """All arrays of a model that torchvision's has too.
@@ -69,14 +74,9 @@ def _without_head(layout: Layout, *under: str) -> Layout:
     entries = [
         entry._replace(path=(entry.path[0], *under, *entry.path[1:]))
         for entry in layout.entries
-        if not is_head(entry.path)
+        if not entry.of_head
     ]
     return layout._replace(entries=tuple(entries))
-
-
-def is_head(path: tuple[str, ...]) -> bool:
-    """Whether an array's shape depends on the number of classes or of their parents."""
-    return path[-2] in ("head", "cam_head", "parent_head", "from_parent")
 
 
 def _layer(

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from huggingface_hub.errors import (
 from flaxcls.atomic_files import write_atomically
 from flaxcls.errors import InputError
 from flaxcls.pretrained import torch_files
-from flaxcls.pretrained.layouts import Entry, is_head, layout_of, to_ours, to_theirs
+from flaxcls.pretrained.heads import head_of
+from flaxcls.pretrained.layouts import Entry, layout_of, to_ours, to_theirs
 
 FORMAT_VERSION = 1
 HUB = "hf-hub:"
@@ -92,6 +94,7 @@ def load(
     variables: Any,
     *,
     expected: Origin | None = None,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> tuple[dict[str, Any], Report]:
     """Returns the variables with all that a file holds of them.
 
@@ -103,6 +106,8 @@ def load(
       model: the module that the variables are of.
       variables: {"params", "batch_stats"}, arrays; what the file lacks stays as it is here.
       expected: what was loaded before and is to be loaded again: of the hub, that commit.
+      image_shape: (H, W, C) of the images that the variables were made for. It tells the head of
+        any model; without it, a head is a layer that has the name of one in our models.
 
     Returns:
       Variables of the same shapes and dtypes, NumPy where they were loaded, and a report.
@@ -131,10 +136,11 @@ def load(
             "that their weights do not fit; give weights that flaxcls has saved"
         )
     loaded, initialised, used = {}, {}, set()
+    head = cache(lambda: head_of(model, ours, image_shape))  # traced where something is amiss
     for entry in entries:
         name = next((n for n in entry.names if n in tensors), None)
         if name is None:
-            if not is_head(entry.path):
+            if entry.path not in head():
                 raise InputError(_missing(source, entry, tensors))
             initialised["/".join(entry.path)] = "the file has none"
             continue
@@ -143,7 +149,7 @@ def load(
         wanted = ours[entry.path]
         if array.shape == tuple(wanted.shape):
             loaded[entry.path] = np.asarray(array).astype(wanted.dtype)
-        elif is_head(entry.path) and array.ndim == len(wanted.shape):
+        elif entry.path in head() and array.ndim == len(wanted.shape):
             initialised["/".join(entry.path)] = f"{array.shape} there, {tuple(wanted.shape)} here"
         elif array.ndim == 4 and array.shape[2] == 3 and wanted.shape[2] == 1:
             raise InputError(
