@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from functools import partial
 
@@ -49,6 +50,7 @@ OTHERS = {
         {**VGG, "batch_norm": False},
         partial(twins.VGG, convs=(1, 1, 2, 2, 2), batch_norm=False),
     ),
+    "vgg11_bn": ("vgg11", VGG, partial(twins.VGG, convs=(1, 1, 2, 2, 2), batch_norm=True)),
 }
 # A tensor of the last layers before the head, and where it is in our trunk.
 LAST = {
@@ -440,6 +442,33 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
             changed.writestr(name, content[:4] if "/data/" in name else content)
     with pytest.raises(InputError, match="no weights file of PyTorch, or a damaged one"):
         pretrained.load(bad, *model_and_variables("resnet18"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "name", "options", "setting"),
+    [
+        ("googlenet", "googlenet", {}, "model.variant=torchvision"),
+        ("googlenet", "hierarchical", {"trunk": "googlenet"}, "model.variant=torchvision"),
+        ("vgg11", "vgg11", VGG, "model.batch_norm=False"),
+        (
+            "vgg11",
+            "residual_cam",
+            {"trunk": "vgg11", "head_width": WIDTH},
+            "model.batch_norm=False",
+        ),
+        ("vgg11_bn", "vgg11", {**VGG, "batch_norm": False}, "model.batch_norm=True"),
+        ("vgg11_bn", "vgg11", {"head_width": WIDTH}, "model.pool_size=7"),
+        ("vgg11_bn", "vgg11", {}, "model.pool_size=7 and model.head_width=32"),
+        ("vgg11_bn", "vgg11", {"pool_size": 7}, "model.head_width=32"),
+        ("vgg11_bn", "vgg13", VGG, "give weights of this very model"),
+        ("resnet18", "resnet34", {}, "give weights of this very model"),
+        ("resnet18", "googlenet", {}, "give weights that flaxcls has saved"),
+    ],
+)
+def test_an_option_that_makes_the_weights_fit_is_named(tmp_path, weights, name, options, setting):
+    path = write(network(weights), tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=f"; {re.escape('set ' * (setting[0] == 'm') + setting)}$"):
+        pretrained.load(path, *model_and_variables(name, **options))
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -1,21 +1,25 @@
 """Which tensor of torchvision's and timm's networks is which parameter of ours."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Container, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import linen as nn
 
 from flaxcls.models.googlenet import STAGES, GoogLeNet
 from flaxcls.models.hierarchical import Hierarchical
-from flaxcls.models.registry import create_model
+from flaxcls.models.registry import create_model, model_options
 from flaxcls.models.residual_cam import ResidualCAM
 from flaxcls.models.resnet import ResNet
 from flaxcls.models.vgg import CHANNELS, VGG
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+# The options that decide which of torchvision's networks a model is.
+CHOICES = (("batch_norm", True), ("batch_norm", False), ("variant", "torchvision"))
 
 
 class Entry(NamedTuple):
@@ -77,6 +81,38 @@ def _without_head(layout: Layout, *under: str) -> Layout:
         if not entry.of_head
     ]
     return layout._replace(entries=tuple(entries))
+
+
+def remedy(model: nn.Module, tensors: Container[str]) -> str | None:
+    """Returns what to set so that a file with these tensors fits, as `model.batch_norm=False`.
+
+    None where no single option of the model or of its trunk makes it the network of the file.
+    """
+    fields = {field.name for field in dataclasses.fields(model)}
+    of_trunk = model_options(model.trunk) if "trunk_options" in fields else {}
+    for option, value in CHOICES:
+        changes: dict[str, Any] = {option: value}
+        if option not in fields:
+            if option not in of_trunk:
+                continue
+            changes = {"trunk_options": {**model.trunk_options, option: value}}
+        layout = layout_of(model.clone(**changes))
+        if layout is not None and all(
+            entry.of_head or any(name in tensors for name in entry.names)
+            for entry in layout.entries
+        ):
+            return f"model.{option}={value}"
+    return None
+
+
+def sizes(entry: Entry, theirs: tuple[int, ...], ours: tuple[int, ...]) -> str | None:
+    """Returns the options that make an array of ours as large as theirs, or None if none does."""
+    side = math.isqrt(theirs[0] // CHANNELS[-1])
+    if entry.kind != "flat" or len(theirs) != 2 or theirs[0] != side * side * CHANNELS[-1]:
+        return None
+    wanted = (("model.pool_size", side), ("model.head_width", theirs[1]))
+    pairs = zip(wanted, theirs, ours, strict=True)
+    return " and ".join(f"{option}={value}" for (option, value), a, b in pairs if a != b)
 
 
 def _layer(

@@ -27,7 +27,7 @@ from flaxcls.atomic_files import write_atomically
 from flaxcls.errors import InputError
 from flaxcls.pretrained import torch_files
 from flaxcls.pretrained.heads import head_of
-from flaxcls.pretrained.layouts import Entry, layout_of, to_ours, to_theirs
+from flaxcls.pretrained.layouts import Entry, layout_of, remedy, sizes, to_ours, to_theirs
 
 FORMAT_VERSION = 1
 HUB = "hf-hub:"
@@ -133,7 +133,8 @@ def load(
     else:
         raise InputError(
             f"{source}: torchvision and timm have no network like this {type(model).__name__}, so "
-            "that their weights do not fit; give weights that flaxcls has saved"
+            "that their weights do not fit; "
+            + _advice(remedy(model, tensors), "give weights that flaxcls has saved")
         )
     loaded, initialised, used = {}, {}, set()
     head = cache(lambda: head_of(model, ours, image_shape))  # traced where something is amiss
@@ -141,7 +142,8 @@ def load(
         name = next((n for n in entry.names if n in tensors), None)
         if name is None:
             if entry.path not in head():
-                raise InputError(_missing(source, entry, tensors))
+                setting = None if native else remedy(model, tensors)
+                raise InputError(_missing(source, entry, tensors, setting))
             initialised["/".join(entry.path)] = "the file has none"
             continue
         used.add(name)
@@ -159,8 +161,12 @@ def load(
         else:
             raise InputError(
                 f"{source}: tensor '{name}' has shape {tensors[name].shape}, which does not fit "
-                f"{'/'.join(entry.path)} {tuple(wanted.shape)}; give weights of this very model "
-                "and, where its parameters depend on it, image size"
+                f"{'/'.join(entry.path)} {tuple(wanted.shape)}; "
+                + _advice(
+                    sizes(entry, array.shape, tuple(wanted.shape)),
+                    "give weights of this very model and, where its parameters depend on it, image "
+                    "size",
+                )
             )
     for path in ours:
         if path not in loaded:
@@ -324,11 +330,18 @@ def _normalization(about: dict[str, Any]) -> Normalization | None:
     return None
 
 
-def _missing(source: Origin, entry: Entry, tensors: dict[str, np.ndarray]) -> str:
+def _advice(setting: str | None, otherwise: str) -> str:
+    return otherwise if setting is None else f"set {setting}"
+
+
+def _missing(
+    source: Origin, entry: Entry, tensors: dict[str, np.ndarray], setting: str | None
+) -> str:
     held = ", ".join(list(tensors)[:4])
     return (
         f"{source}: there is no tensor '{entry.names[0]}' in it, which the model needs for "
-        f"{'/'.join(entry.path)} (it holds {held}, ...); give weights of this very model"
+        f"{'/'.join(entry.path)} (it holds {held}, ...); "
+        + _advice(setting, "give weights of this very model")
     )
 
 
