@@ -350,6 +350,29 @@ def test_both_files_of_the_hub_are_of_one_commit_though_it_moves(tmp_path, monke
             pretrained.load(f"{name}@v9", model, variables)
 
 
+def test_without_a_config_of_the_hub_the_weights_say_their_normalisation(tmp_path, monkeypatch):
+    """The first commit has no config.json, the second one without mean and std, the third both."""
+    model, variables = model_and_variables("fashion_net1")
+    pretrained.save(tmp_path / "w", model, variables, about={"mean": [0.1], "std": [0.3]})
+    weights = {"model.safetensors": (tmp_path / "w").read_bytes()}
+    names, configs = [*COMMITS, "c" * 40], [{"mean": [0.7]}, {"mean": [0.5], "std": [0.2]}]
+    files = [{"config.json": json.dumps(config).encode()} for config in configs]
+    commits = dict(zip(names, [weights, weights | files[0], weights | files[1]], strict=True))
+    commits["d" * 40] = files[0]
+    hub, name = Hub(commits), "hf-hub:owner/name"
+    with serve(hub, monkeypatch, tmp_path / "cache"):
+        _, report = pretrained.load(name, model, variables)
+        assert report.origin.commit == names[0]
+        assert report.normalization == ((0.1,), (0.3,))
+        hub.asked.clear()
+        assert pretrained.load(name, model, variables, expected=report.origin)[1] == report
+        assert hub.asked == []
+        found = [pretrained.load(f"{name}@{n}", model, variables)[1] for n in names[1:]]
+        assert [r.normalization for r in found] == [((0.1,), (0.3,)), ((0.5,), (0.2,))]
+        with pytest.raises(InputError, match=r"no 'model\.safetensors' under .*correct the name"):
+            pretrained.load(f"{name}@{'d' * 40}", model, variables)
+
+
 @pytest.mark.parametrize("file", ["w.safetensors", "w.pth"])
 def test_a_file_is_known_by_its_hash_and_another_is_not_what_was_expected(tmp_path, file):
     path, arguments = tmp_path / file, model_and_variables("resnet18")

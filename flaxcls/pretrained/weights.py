@@ -232,8 +232,11 @@ def _read(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], Origin]:
     """Returns tensors by name, what is said about them, and where they are from."""
     if path_or_name.startswith(HUB):
-        weights, about, commit = _fetch_both(path_or_name, expected.commit if expected else None)
-        return _read_safetensors(weights)[0], _timm_config(about), Origin(path_or_name, commit)
+        weights, config, commit = _fetch_both(path_or_name, expected.commit if expected else None)
+        tensors, about = _read_safetensors(weights)
+        published = {} if config is None else _timm_config(config)
+        about = published if _normalization(published) else about
+        return tensors, about, Origin(path_or_name, commit)
     path = Path(path_or_name).expanduser()
     if path.suffix == ".safetensors":
         tensors, about_file = _read_safetensors(path)
@@ -271,20 +274,32 @@ def _origin_of_file(name: str, path: Path) -> Origin:
         return Origin(name, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _fetch_both(name: str, commit: str | None) -> tuple[Path, Path, str]:
-    """Returns the paths of a name's weights and config.json, and the commit that both are of."""
+def _fetch_both(name: str, commit: str | None) -> tuple[Path, Path | None, str]:
+    """Returns the paths of a name's weights and config.json, and the commit that both are of.
+
+    There need not be a config.json, which is of use for the normalisation alone.
+    """
     weights = _fetch(name, "model.safetensors", commit)
+    if weights is None:
+        raise InputError(
+            f"model.pretrained: the hub has no 'model.safetensors' under {name!r}; correct the name"
+        )
     # The cache holds each file as snapshots/COMMIT/FILE, whatever revision it was asked for by.
     commit = weights.parent.name
-    return weights, _fetch(name, "config.json", commit), commit
+    return weights, _fetch(name, "config.json", commit, cache=weights.parents[3]), commit
 
 
-def _fetch(name: str, file: str, commit: str | None) -> Path:
+def _fetch(name: str, file: str, commit: str | None, cache: Path | None = None) -> Path | None:
     """Returns the path of a file of the hub, fetched unless it is in the cache.
 
+    None where the repository has no such file; a `cache` that knows that of the commit is believed.
     A `commit` takes the place of the name's revision.
     """
     repository, _, revision = name.removeprefix(HUB).partition("@")
+    if cache is not None:
+        known = huggingface_hub.try_to_load_from_cache(repository, file, cache, commit)
+        if known is huggingface_hub._CACHED_NO_EXIST:
+            return None
     if commit is not None:
         revision, name = commit, f"{HUB}{repository}@{commit}"
     try:
@@ -294,9 +309,11 @@ def _fetch(name: str, file: str, commit: str | None) -> Path:
             f"model.pretrained: {name!r} is no name of the hub; write {HUB}OWNER/NAME, as in "
             f"{HUB}timm/resnet18.tv_in1k"
         ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            raise _unreachable(name, error) from error
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(name, error) from error
+    except EntryNotFoundError:
+        return None
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         gone = commit is not None and isinstance(error, RevisionNotFoundError)
         remedy = "start anew in another --workdir" if gone else "correct the name"
         raise InputError(
@@ -321,7 +338,7 @@ def _timm_config(path: Path) -> dict[str, Any]:
         about = content.get("pretrained_cfg", content)
         return {key: tuple(about[key]) for key in ("mean", "std") if key in about}
     except (OSError, ValueError, AttributeError, TypeError):
-        return {}  # of use for the normalisation alone
+        return {}
 
 
 def _normalization(about: dict[str, Any]) -> Normalization | None:
