@@ -496,9 +496,7 @@ def test_an_option_that_makes_the_weights_fit_is_named(tmp_path, weights, name, 
 
 def test_weights_of_another_network_are_refused(tmp_path):
     path = write(network("resnet18"), tmp_path / "w.safetensors")
-    with pytest.raises(
-        InputError, match=r"no tensor 'features.0.weight'.*it holds 'conv1|it holds"
-    ):
+    with pytest.raises(InputError, match=r"no tensor 'features\.0\.weight'.*it holds "):
         pretrained.load(path, *model_and_variables("vgg16", pool_size=7, head_width=WIDTH))
     with pytest.raises(InputError, match="torchvision and timm have no network like this LeNet"):
         pretrained.load(path, *model_and_variables("lenet"))
