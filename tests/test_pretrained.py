@@ -436,7 +436,7 @@ def damage(kind, path):
         ("empty", "w.pth", "no weights file of PyTorch, or a damaged one"),
         ("absent", "w.safetensors", "there is no file"),
         ("absent", "w.pth", "there is no file"),
-        (None, "w.onnx", "ends in neither .safetensors, .pth nor .pt"),
+        (None, "w.onnx", "ends in none of .safetensors, .pth, .pt and .bin"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named(tmp_path, kind, file, message):

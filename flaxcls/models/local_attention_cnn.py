@@ -39,7 +39,11 @@ class LocalAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x (N, H, W, C) -> (N, H, W, features)."""
+        """x (N, H, W, C) -> (N, H, W, features).
+
+        Raises:
+          InputError: the features do not divide into the heads.
+        """
         heads = self.heads or self.features
         if self.features % heads:
             raise InputError(

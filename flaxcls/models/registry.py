@@ -92,7 +92,7 @@ def trunk_options(name: str) -> dict[str, Any]:
 def create_model(
     name: str, num_classes: int, *, module_name: str | None = None, **options: Any
 ) -> nn.Module:
-    """Make the model `name`; options left out take the values it was published with.
+    """Make the model `name`; options left out take its defaults, see `model_options`.
 
     Args:
       name: one of `list_models()`.

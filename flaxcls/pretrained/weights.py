@@ -99,10 +99,10 @@ def load(
     """Returns the variables with all that a file holds of them.
 
     Args:
-      path_or_name: a `.safetensors` file, of ours or of torchvision's or timm's layout; a `.pth` or
-        `.pt` file of PyTorch (nothing in it is run); or `hf-hub:OWNER/NAME` of the Hugging Face
-        hub, which is fetched once and cached, all of it from one commit: the newest of the
-        revision, or where the hub is out of reach, the last that was fetched.
+      path_or_name: a `.safetensors` file, of ours or of torchvision's or timm's layout; a `.pth`,
+        `.pt` or `.bin` file of PyTorch (nothing in it is run); or `hf-hub:OWNER/NAME` of the
+        Hugging Face hub, which is fetched once and cached, all of it from one commit: the newest
+        of the revision, or where the hub is out of reach, the last that was fetched.
       model: the module that the variables are of.
       variables: {"params", "batch_stats"}, arrays; what the file lacks stays as it is here.
       expected: what was loaded before and is to be loaded again: of the hub, that commit.
@@ -244,8 +244,8 @@ def _read(
     if path.suffix in (".pth", ".pt", ".bin"):
         return torch_files.read(path), {}, _origin_of_file(path_or_name, path)
     raise InputError(
-        f"model.pretrained: '{path}' ends in neither .safetensors, .pth nor .pt; give such a file, "
-        f"or a name of the hub such as {HUB}timm/resnet18.tv_in1k"
+        f"model.pretrained: '{path}' ends in none of .safetensors, .pth, .pt and .bin; give such a "
+        f"file, or a name of the hub such as {HUB}timm/resnet18.tv_in1k"
     )
 
 
