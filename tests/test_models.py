@@ -14,6 +14,7 @@ import pytest
 from flaxcls import models, ops
 from flaxcls.errors import InputError
 from flaxcls.models.layers import Layers
+from flaxcls.models.local_attention_cnn import LocalAttention
 from flaxcls.models.vgg import VGG, VGGClassifier
 
 VGGS = ["vgg11", "vgg13", "vgg16", "vgg16c", "vgg19"]
@@ -430,6 +431,45 @@ def test_maps_that_do_not_divide_into_patches_are_refused():
         abstract_variables(model, 1, 40, 48, 3)
     with pytest.raises(InputError, match=r"shape \(40, 48, 3\); give them as"):
         abstract_variables(model, 40, 48, 3)
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+def test_local_attentions_weights_are_what_it_sums_with(heads):
+    layers = Layers("flax", dtype=None, param_dtype=jnp.float32)
+    module = LocalAttention(4, heads, layers)
+    x = jax.random.normal(jax.random.key(1), (2, 5, 3, 6))
+    variables = module.init(jax.random.key(0), x)
+    assert list(variables) == ["params"]
+    result, captured = module.apply(variables, x, mutable=["intermediates"])
+    (weights,) = captured["intermediates"]["attention"]
+    assert weights.shape == (2, 5, 3, 3, 3, heads or 4)
+    np.testing.assert_allclose(weights.sum((3, 4)), 1, rtol=1e-5)
+    values = jnp.pad(
+        x @ variables["params"]["value"]["kernel"][0, 0], [(0, 0), (1, 1), (1, 1), (0, 0)]
+    )
+    weights = jnp.repeat(weights, 4 // weights.shape[-1], axis=-1)
+    expected = sum(
+        weights[:, :, :, i, j] * values[:, i : i + 5, j : j + 3] for i in range(3) for j in range(3)
+    )
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_local_attentions_weights_are_kept_where_they_are_asked_for_alone(monkeypatch):
+    model = models.create_model("local_attention_cnn", 3, heads=8)
+    variables = abstract_variables(model, 2, 32, 32, 3)
+    image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+
+    def collections(*mutable):
+        apply = partial(model.apply, train=True, mutable=list(mutable))
+        return jax.eval_shape(apply, variables, image)[1]
+
+    captured = collections("batch_stats", "intermediates")["intermediates"]
+    (weights,) = captured["trunk"]["attention"]["attention"]
+    assert weights.shape == (2, 4, 4, 3, 3, 8)
+    monkeypatch.setattr("flaxcls.models.local_attention_cnn.attention_weights", None)
+    assert set(collections("batch_stats")) == {"batch_stats"}
+    with pytest.raises(TypeError, match="not callable"):
+        collections("intermediates", "batch_stats")
 
 
 def test_heads_that_do_not_divide_the_channels_are_refused():

@@ -25,6 +25,8 @@ class LocalAttention(nn.Module):
     Queries, keys and values are 1x1 convolutions without bias. A learnt offset of the row is
     added to the first half of the channels of a key, one of the column to the second half.
     Beyond the border keys are their offset alone and values are 0; both take part in the softmax.
+    `intermediates`, where they are asked for, hold the weights as `attention`: (N, H, W, 3, 3,
+    heads), at least float32, of each pixel those of the row and the column around it, of sum 1.
 
     Attributes:
       features: channels of queries, keys and values, an even number.
@@ -67,7 +69,17 @@ class LocalAttention(nn.Module):
         columns = self.param("column_offsets", normal, (3, half), self.layers.param_dtype)
         offsets = [jnp.concatenate([rows[i], columns[j]]) for i in range(3) for j in range(3)]
         offsets = promote_dtype(jnp.stack(offsets), dtype=query.dtype)[0]
+        if self.is_mutable_collection("intermediates"):  # nothing else ever makes all of them
+            self.sow("intermediates", "attention", attention_weights(query, key, offsets, heads))
         return attend_locally(query, key, value, offsets, heads)
+
+
+def attention_weights(
+    query: jax.Array, key: jax.Array, offsets: jax.Array, heads: int
+) -> jax.Array:
+    """The weights that `attend_locally` sums the values with, (N, H, W, 3, 3, heads)."""
+    weights = nn.softmax(jnp.stack(_scores(query, key, offsets, heads), axis=3), axis=3)
+    return weights.reshape(*weights.shape[:3], 3, 3, heads)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -206,6 +218,9 @@ class LocalAttentionTrunk(nn.Module):
 
 class LocalAttentionCNN(nn.Module):
     """The trunk, the mean over space, the logits.
+
+    `intermediates` hold the weights of attention for plotting, `trunk/attention/attention`
+    (N, H // 8, W // 8, 3, 3, heads): of each pixel of the map those of the 3x3 around it.
 
     Attributes:
       num_classes: classes.
