@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     c.model.pool_size = 7
     c.model.dropout = 0.5
     c.model.pretrained = "hf-hub:timm/vgg16_bn.tv_in1k"
+    c.model.init = "pytorch"  # of what the weights do not have
 
     c.augment.horizontal_flip = 0.5
     c.augment.vertical_flip = 0.5
