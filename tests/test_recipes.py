@@ -1,9 +1,16 @@
 """The published experiments have the numbers that their authors state, and nothing besides."""
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 
 from flaxcls import config, main
+from flaxcls.experiment.recipe import weights_source
 from flaxcls.models import model_options
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 # Copied by hand from the papers' and reports' own tables, not from the configs. What is not named
 # here is the default of `config.default()`.
@@ -266,3 +273,12 @@ def test_a_published_experiment_has_its_published_numbers(name):
 def test_every_published_experiment_is_in_the_table():
     shipped = {name for name in main.shipped_configs() if "/" in name} | {"fashion_net0"}
     assert {name.partition(":")[0] for name in RECIPES} == shipped
+
+
+@pytest.mark.parametrize("name", [n for n, keys in RECIPES.items() if "model.pretrained" in keys])
+def test_what_depends_on_weights_says_how_to_train_it_without(name):
+    head = (CONFIGS / f"{name}.py").read_text().partition('"""\n\n')[0]
+    (scratch,) = re.findall(r"From scratch.*; the same command with\s(.*)\.\n", head, re.DOTALL)
+    c = main.parse(["flaxcls", f"--config={name}", *shlex.split(scratch)]).config
+    assert weights_source(c) is None
+    assert (c.model.frozen, c.model.trainable) == ((), ())

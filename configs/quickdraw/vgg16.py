@@ -5,6 +5,9 @@ The accuracy depends on ImageNet weights, which are fetched from the Hugging Fac
 --config.model.pretrained=FILE takes a file.
 
     python -m flaxcls.main --config=quickdraw/vgg16 --config.data.path=DIR
+
+From scratch, all of it trained: not measured yet; the same command with
+--config.model.pretrained= --config.model.frozen='()'.
 """
 
 from ml_collections import ConfigDict

@@ -24,7 +24,8 @@ def default() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.name = ""  # one of flaxcls.models.list_models()
-    # Weights to start from: a file (.safetensors, .pth, .pt, .bin), or hf-hub:OWNER/NAME ...
+    # Weights to start from: a file (.safetensors, .pth, .pt, .bin), or hf-hub:OWNER/NAME; empty:
+    # none ...
     c.model.pretrained = placeholder(str)
     c.model.init_from = placeholder(str)  # ... or the folder of a finished run of ours
     c.model.frozen = ()  # patterns over parameter paths, such as 'trunk/*', that are not trained

@@ -164,7 +164,7 @@ def weights_source(config: ConfigDict) -> str | None:
       InputError: the run of `model.init_from` has none.
     """
     if config.model.init_from is None:
-        return config.model.pretrained
+        return config.model.pretrained or None
     path = Path(config.model.init_from).expanduser() / "weights.safetensors"
     if not path.is_file():
         raise InputError(
