@@ -65,7 +65,7 @@ class ScalingSide:
         for number in range(steps):
             batch = self._batch(batch_size, number)
             state, counted, _ = self.step(state, self.empty(), batch, None)
-            losses.append(float(metrics.compute(fetch(counted))["loss"]))
+            losses.append(metrics.running(fetch(counted))[0])
         if jax.process_index() == 0:
             np.savez(path, allow_pickle=False, **arrays, **_named("after", state.params))
         return losses
