@@ -102,6 +102,15 @@ def test_values_and_gradients_are_those_of_float64(residual, relu, pool, dtype):
         check(random_arguments((3, 5, 7, c), residual, dtype), relu, pool)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_any_shape_is_that_of_float64(seed):
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers([2, 2, 2, 1], [6, 12, 12, 200]).tolist())
+    residual, relu, pool = FUSIONS[rng.integers(len(FUSIONS))]
+    dtype = ("float32", "bfloat16")[seed % 2]
+    check(random_arguments(shape, residual, dtype, mean=rng.normal()), relu, pool)
+
+
 @pytest.mark.parametrize("shape", [(40, 3), (9, 4, 5), (2, 3, 4, 3, 6), (7, 4100), (1, 13, 1, 8)])
 def test_any_rank(shape):
     for residual in (False, True):
@@ -266,6 +275,28 @@ def test_the_module_gives_what_the_plain_operators_give(train, frozen, add, relu
         a, b = np.float64(a), np.float64(b)
         tolerance = 1e-5 if dtype == "float32" else 2e-2
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("channels", [3, 17, 64])
+def test_running_statistics_over_a_scan_of_steps_are_those_of_float64(channels, dtype):
+    layer = ops.BatchNorm(momentum=0.8, dtype=dtype)
+    batches = jnp.asarray(0.5 + draw(5, 4, 6, 7, channels), dtype)
+    variables = layer.init(jax.random.key(0), batches[0], use_running_average=True)
+
+    def step(stats, x):
+        _, moved = layer.apply(variables | stats, x, False, relu=True, mutable=["batch_stats"])
+        return moved, None
+
+    assert "flaxcls_batch_norm_forward" in names_of_calls(step, variables, batches[0])
+    stats = {"batch_stats": variables["batch_stats"]}
+    found = jax.jit(lambda stats: jax.lax.scan(step, stats, batches)[0])(stats)["batch_stats"]
+    mean, var = np.zeros(channels), np.ones(channels)
+    for x in np.float64(batches):
+        mean = 0.8 * mean + 0.2 * x.mean((0, 1, 2))
+        var = 0.8 * var + 0.2 * x.var((0, 1, 2))
+    assert_close(found["mean"], mean)
+    assert_close(found["var"], var)
 
 
 def names_of_calls(f, *arguments):

@@ -268,6 +268,21 @@ def test_scan_and_remat_give_the_gradients_of_the_plain_loop():
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(200, 208))
+def test_bfloat16_of_any_shape_is_off_by_its_rounding(seed):
+    n, size, channels, features, kernel_size, strides, padding, groups = random_shape(seed)
+    x = draw(n, *size, channels, dtype="bfloat16")
+    kernel = draw(*kernel_size, channels // groups, features, dtype="bfloat16", seed=1)
+    reference = Reference(x, kernel, strides, padding, groups)
+    dy = draw(n, *reference.size, features, dtype="bfloat16", seed=2)
+    results = native_passes(x, kernel, dy, strides, padding, groups)
+    for result, exact in zip(results, (reference.output(), *reference.gradients(dy)), strict=True):
+        assert result.dtype == "bfloat16"
+        # 1e-5, 2e-5 for a kernel's gradient, and what rounding to 8 bits adds.
+        limit = 2e-5 * np.abs(exact).max() + 2.0**-8 * np.abs(exact)
+        assert (np.abs(float64(result) - exact) <= limit).all()
+
+
 def test_bfloat16_is_computed_in_float32():
     x, kernel = draw(2, 6, 6, 8, dtype="bfloat16"), draw(3, 3, 8, 16, dtype="bfloat16")
     y, pull = jax.vjp(layer, x, kernel)

@@ -66,6 +66,17 @@ def test_values_and_gradients_are_exact(pool, dtype):
     check(jnp.asarray(np.maximum(0, rng.integers(-2, 3, size=(3, 8, 6, 5))), dtype), pool)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_any_shape_is_exact(seed):
+    rng = np.random.default_rng(seed)
+    n, h, w, c = rng.integers(1, [4, 14, 14, 40])
+    window = rng.integers(1, 6, 2)
+    padding = [rng.integers(0, size + 1, 2).tolist() for size in window]
+    dtype = ("float32", "bfloat16")[seed % 2]
+    x = jnp.asarray(rng.normal(size=(n, h, w, c)), dtype)
+    check(x, (tuple(window.tolist()), tuple(rng.integers(1, 5, 2).tolist()), padding))
+
+
 @pytest.mark.parametrize("pool", POOLS[:4])
 def test_maps_that_are_divided_among_threads(pool):
     check(jnp.float32(np.random.default_rng(0).normal(size=(4, 33, 31, 40))), pool)
