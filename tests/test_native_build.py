@@ -60,6 +60,9 @@ def test_they_are_compiled_once_and_anew_when_a_source_changes(place):
     assert build.native().usable
     assert len(libraries(place)) == 2
 
+    (place / "sources" / "small.h").write_text("// Most of the operators is in headers.\n")
+    assert not build.is_compiled()
+
 
 @needs_compiler
 def test_two_processes_may_compile_at_once(place):
