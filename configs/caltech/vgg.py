@@ -2,8 +2,10 @@
 
 The text after the colon is the model: vgg11, vgg13, vgg16c, vgg16 or vgg19.
 
-Published validation accuracy at the last epoch: 99.398, 99.549, 99.098, 98.647, 98.496 %.
-160 to 171 million parameters; made for a GPU. At 64 pixels: --config=vgg13:caltech101_3.
+Published validation accuracy at the last epoch: 99.398, 99.549, 99.098, 98.647, 98.496 %. Ours:
+not measured yet; `python benchmarks/caltech_grid.py --path=DIR --only=vgg` does. Data as for
+caltech/expanding_cnn. 160 to 171 million parameters; made for a GPU. At 64 pixels:
+--config=vgg13:caltech101_3.
 
     python -m flaxcls.main --config=caltech/vgg:vgg13 --config.data.path=DIR
 """

@@ -1,6 +1,7 @@
 """QuickDraw, 200 classes: experiment 9, the CNN with a global average pool.
 
-Published: 61.00 % validation accuracy. Data and stopping as in quickdraw/lenet.
+Published: 61.00 % validation accuracy. Ours: not measured yet. Data and stopping as in
+quickdraw/lenet.
 
     python -m flaxcls.main --config=quickdraw/ai_inno_cnn --config.data.path=DIR
 """

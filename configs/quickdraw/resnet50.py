@@ -1,8 +1,8 @@
 """QuickDraw, 200 classes: experiment 3, ResNet-50 of which the last layer is trained.
 
-Published: 47.19 % validation accuracy. Data and stopping as in quickdraw/lenet.
-The accuracy depends on ImageNet weights, which are fetched from the Hugging Face hub once;
---config.model.pretrained=FILE takes a file.
+Published: 47.19 % validation accuracy. Ours: not measured yet. Data and stopping as in
+quickdraw/lenet. The accuracy depends on ImageNet weights, which are fetched from the Hugging Face
+hub once; --config.model.pretrained=FILE takes a file.
 
     python -m flaxcls.main --config=quickdraw/resnet50 --config.data.path=DIR
 

@@ -1,8 +1,8 @@
 """QuickDraw, 200 classes: experiment 2, VGG-16 with its convolutions frozen.
 
-Published: 54.61 % validation accuracy. Data and stopping as in quickdraw/lenet.
-The accuracy depends on ImageNet weights, which are fetched from the Hugging Face hub once;
---config.model.pretrained=FILE takes a file.
+Published: 54.61 % validation accuracy. Ours: not measured yet. Data and stopping as in
+quickdraw/lenet. The accuracy depends on ImageNet weights, which are fetched from the Hugging Face
+hub once; --config.model.pretrained=FILE takes a file.
 
     python -m flaxcls.main --config=quickdraw/vgg16 --config.data.path=DIR
 

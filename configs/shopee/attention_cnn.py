@@ -1,6 +1,6 @@
 """Product photos: the experiment of shopee/baseline_cnn with attention to earlier feature maps.
 
-Published: 64.44 % test accuracy.
+Published: 64.44 % test accuracy. Ours, and the data: see there.
 
     python -m flaxcls.main --config=shopee/attention_cnn --config.data.path=DIR
 """

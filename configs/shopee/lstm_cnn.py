@@ -1,6 +1,6 @@
 """Product photos: the experiment of shopee/baseline_cnn with an LSTM over patches.
 
-Published: 63.56 % test accuracy.
+Published: 63.56 % test accuracy. Ours, and the data: see there.
 
 The LSTM takes 6,272 steps a photo, one after the other: expect it to be the slowest of the four.
 
