@@ -2,6 +2,7 @@
 
 Published: 91.50 % test accuracy (19 minutes on a GTX 1080 Ti). Data and recipe are those of
 fashion_net0, batch 256 with the learning rate scaled to 0.032.
+Ours: 90.80 % (mean of 3 seeds, 40 minutes each on one CPU core), 0.7 points below.
 
     python -m flaxcls.main --config=fashion/fashion_net2 --config.data.path=DIR
 """
