@@ -55,7 +55,7 @@ from flaxcls.ops.native.build import has_compiler, is_compiled
 from flaxcls.results import read_description, read_summary
 from flaxcls.runlog import read_json, read_metrics
 
-CONFIGS = "fashion_net0:fashion_mnist"
+CONFIGS = "fashion_net0:fashion_mnist,fashion/fast"
 LEVELS = "90,92,93,94"
 PARTS = ("import", "data", "compile", "train", "validation")
 
