@@ -36,34 +36,10 @@ from typing import Any
 import machine
 import numpy as np
 import reproductions
+from published import CALTECH
 
 from flaxcls import runlog
 
-# Validation accuracy at the last epoch, in per cent. GoogLeNet's is not known.
-PUBLISHED: dict[str, dict[str, float | None]] = {
-    "expanding": {
-        "1-add13": 95.789,
-        "2-add13": 98.797,
-        "3-add13": 98.496,
-        "4-add13": 99.398,
-        "1-double": 90.376,
-        "2-double": 98.647,
-        "3-double": 98.496,
-        "4-double": 99.398,
-        "1-triple": 93.233,
-        "2-triple": 99.098,
-        "3-triple": 98.496,
-        "4-triple": 99.699,
-    },
-    "vgg": {
-        "vgg11": 99.398,
-        "vgg13": 99.549,
-        "vgg16c": 99.098,
-        "vgg16": 98.647,
-        "vgg19": 98.496,
-    },
-    "googlenet": {"googlenet": None},
-}
 CONFIGS = {
     "expanding": "caltech/expanding_cnn:{}",
     "vgg": "caltech/vgg:{}",
@@ -76,9 +52,9 @@ EXPERIMENTS = {
         rule="last epoch",
         last_epoch=True,
         target=None,
-        published=None if published is None else published / 100,
+        published=published,
     )
-    for part, models in PUBLISHED.items()
+    for part, models in CALTECH.items()
     for name, published in models.items()
 }
 
@@ -182,9 +158,7 @@ def stored_rows(file: Path, flags: Sequence[str]) -> dict[str, Row]:
 
 def chosen(only: Sequence[str]) -> list[str]:
     """Returns the models of the parts and models named."""
-    return [
-        name for part, models in PUBLISHED.items() for name in models if {part, name} & set(only)
-    ]
+    return [name for part, models in CALTECH.items() for name in models if {part, name} & set(only)]
 
 
 def parse() -> argparse.Namespace:
@@ -198,10 +172,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=[*PUBLISHED, *(name for name in EXPERIMENTS if name not in PUBLISHED)],
-        default=list(PUBLISHED),
+        choices=[*CALTECH, *(name for name in EXPERIMENTS if name not in CALTECH)],
+        default=list(CALTECH),
         metavar="NAME",
-        help=f"parts ({', '.join(PUBLISHED)}) or models, such as 4-triple and vgg13",
+        help=f"parts ({', '.join(CALTECH)}) or models, such as 4-triple and vgg13",
     )
     parser.add_argument("--name", default=DEFAULT_NAME, help="of the result")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="holds NAME/MODEL")

@@ -120,7 +120,7 @@ def main() -> None:
     full, frozen = (statistics.median(row[f"{k}_seconds"]) for k in ("full", "frozen"))
     print(f"full step {full:.3f} s, frozen trunk {frozen:.3f} s: {row['ratio']:.3f} of it")
     if arguments.json is not None:
-        command = "python benchmarks/frozen_trunk.py"
+        command = machine.command(parser, arguments)
         result = {"command": command, "machine": about, "rows": [row]}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     sys.exit(0 if row["ratio"] <= TARGET else 1)

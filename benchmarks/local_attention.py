@@ -262,7 +262,7 @@ def main() -> None:
     print(table(rows))
     if arguments.json is not None:
         result = {
-            "command": "python benchmarks/local_attention.py",
+            "command": machine.command(parser, arguments),
             "machine": about,
             "sizes": {"maps": MAPS, "sequence": SEQUENCE, "lstm_layers": LSTM_LAYERS}
             | {"images": (BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE, 3)},

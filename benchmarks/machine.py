@@ -1,5 +1,6 @@
-"""What a benchmark ran on."""
+"""What a benchmark ran on, and what to type to run it again."""
 
+import argparse
 import collections
 import importlib.metadata
 import json
@@ -30,6 +31,19 @@ def describe(devices: Sequence[str], *others: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: _version(package) for package in (*PACKAGES, *others)},
     }
+
+
+def command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """Returns the command of a benchmark, with the options that are not at their defaults.
+
+    Without `--json`, which changes no result.
+    """
+    options = [
+        f"--{name}={value}"
+        for name, value in vars(arguments).items()
+        if name != "json" and value != parser.get_default(name)
+    ]
+    return " ".join([f"python benchmarks/{parser.prog}", *options])
 
 
 def own_devices() -> list[str]:

@@ -13,7 +13,6 @@ curves of the first seed to benchmarks/results/, and all results as one table to
 import argparse
 import dataclasses
 import json
-import re
 import shutil
 import statistics
 import subprocess
@@ -25,11 +24,18 @@ from typing import Any
 
 import machine
 import numpy as np
+from published import CALTECH
 
 from flaxcls.configs.fashion.hierarchical import PARENTS
+from flaxcls.data.load import class_parents
 from flaxcls.metrics import errors_within_parent
 
 RESULTS = Path(__file__).parent / "results"
+
+# With the four parents of Fashion-MNIST: how far below the model without them the accuracy may be,
+# and the accuracy of the parents' own head.
+MOST_BELOW_FLAT = 0.003
+PARENT_TARGET = 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +69,7 @@ EXPERIMENTS = {
         published=0.9137,
     ),
     "vgg13_caltech": Experiment(
-        "vgg13:caltech101_3", "val", "last epoch", last_epoch=True, target=0.98, published=None
+        "vgg13:caltech101_3", "val", "last epoch", last_epoch=True, target=0.985, published=None
     ),
     **{
         f"expanding_cnn_{expansion}": Experiment(
@@ -72,9 +78,9 @@ EXPERIMENTS = {
             "last epoch",
             last_epoch=True,
             target=0.989 if expansion == "triple" else None,
-            published=published,
+            published=CALTECH["expanding"][f"4-{expansion}"],
         )
-        for expansion, published in (("add13", 0.99398), ("double", 0.99398), ("triple", 0.99699))
+        for expansion in ("add13", "double", "triple")
     },
     "fashion_net2": Experiment(
         "fashion/fashion_net2",
@@ -156,11 +162,9 @@ def parents(experiment: Experiment, summary: dict[str, Any], workdir: Path) -> d
         return {}
     with np.load(workdir / "predictions" / f"{experiment.split}.npz") as file:
         labels, logits, names = (file[key] for key in ("label", "logits", "class_names"))
-    rules = [rule.rpartition("=")[::2] for rule in PARENTS]
-    of_class = [
-        next(i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, name))
-        for name in names.tolist()
-    ]
+    parent_of = class_parents(names.tolist(), PARENTS, "Fashion-MNIST")
+    order = sorted(set(parent_of.values()))
+    of_class = [order.index(parent_of[name]) for name in names.tolist()]
     matrix = np.zeros((len(names), len(names)), int)
     np.add.at(matrix, (labels, logits.argmax(1)), 1)
     found = {"errors_within_parent": errors_within_parent(matrix, of_class)}
@@ -170,6 +174,24 @@ def parents(experiment: Experiment, summary: dict[str, Any], workdir: Path) -> d
     if "parent_accuracy" in summary[experiment.split]:
         found["parent_accuracy"] = summary[experiment.split]["parent_accuracy"]
     return found
+
+
+def criteria(name: str, result: dict[str, Any]) -> dict[str, bool]:
+    """Returns what the means should reach, in words, and whether they do."""
+    target, mean = EXPERIMENTS[name].target, result["mean"]
+    wanted = {}
+    if target is not None:
+        wanted[f"accuracy at least {100 * target:.1f} %"] = mean >= target
+    if name == "fashion_hierarchical":
+        parent = statistics.mean(run["parent_accuracy"] for run in result["runs"])
+        wanted[f"parents' head at least {100 * PARENT_TARGET:.1f} %"] = parent >= PARENT_TARGET
+        flat = RESULTS / "fashion_flat.json"
+        of_flat = json.loads(flat.read_text())["mean"] if flat.exists() else None
+        shown = "not measured yet" if of_flat is None else f"{100 * of_flat:.2f} %"
+        wanted[f"at most {100 * MOST_BELOW_FLAT:.1f} points below fashion_flat ({shown})"] = (
+            of_flat is not None and mean >= of_flat - MOST_BELOW_FLAT
+        )
+    return wanted
 
 
 def table(name: str, result: dict[str, Any]) -> str:
@@ -259,10 +281,10 @@ def main() -> None:
     shutil.copy(folders[0] / "plots" / "curves.png", RESULTS / f"{arguments.name}.png")
     (RESULTS / "README.md").write_text(overview())
     print(table(arguments.name, result))
-    if experiment.target is not None:
-        reached = result["mean"] >= experiment.target
-        print(f"target {100 * experiment.target:.1f} %: {'reached' if reached else 'MISSED'}")
-        sys.exit(0 if reached else 1)
+    wanted = criteria(arguments.name, result)
+    for words, reached in wanted.items():
+        print(f"{words}: {'reached' if reached else 'MISSED'}")
+    sys.exit(0 if all(wanted.values()) else 1)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,18 @@ def _with_parents(dataset: Dataset, rules: Sequence[str]) -> Dataset:
     """Gives every class the parent that the rules `PATTERN=PARENT` say."""
     if not rules:
         return dataset
+    return with_parents(dataset, class_parents(dataset.class_names, rules, dataset.name))
+
+
+def class_parents(class_names: Sequence[str], rules: Sequence[str], dataset: str) -> dict[str, str]:
+    """Returns the parent of each class, by its name, that the rules `PATTERN=PARENT` say.
+
+    The first rule whose pattern matches the whole name counts; a class that none matches is left
+    out. `dataset` is named in the error.
+
+    Raises:
+      InputError: a rule is none, or matches no class.
+    """
     parents: dict[str, str] = {}
     for rule in rules:
         pattern, _, parent = rule.rpartition("=")
@@ -132,14 +144,14 @@ def _with_parents(dataset: Dataset, rules: Sequence[str]) -> Dataset:
                 f"data.parents: {rule!r} is no rule; write PATTERN=PARENT, as in '[A-Z].*=cat'"
             )
         matches = compile_pattern("data.parents", pattern).fullmatch
-        members = [name for name in dataset.class_names if matches(name)]
+        members = [name for name in class_names if matches(name)]
         if not members:
             raise InputError(
-                f"data.parents: no class of {dataset.name} matches {pattern!r}; correct or remove "
+                f"data.parents: no class of {dataset} matches {pattern!r}; correct or remove "
                 "the rule"
             )
         parents = dict.fromkeys(members, parent) | parents
-    return with_parents(dataset, parents)
+    return parents
 
 
 def check_run_folder(folder: Path, source: str, path: str | None) -> None:
