@@ -23,6 +23,8 @@ from flaxcls import config
 
 def get_config() -> ConfigDict:
     c = config.for_dataset("pets")
+    c.data.label_pattern = r"(.+)_\d+\.jpg"  # Egyptian_Mau_12.jpg is an Egyptian_Mau ...
+    c.data.parents = ("[A-Z].*=cat", "[a-z].*=dog")  # ... and that a cat
     c.data.resize = "crop"
     c.data.crop_fraction = 224 / 256
     c.model.name = "hierarchical_resnet18"

@@ -292,10 +292,7 @@ PRESETS = {
         image_size=224,
         val_fraction=0.33,
         path="data/pets/images",
-        options={
-            "label_pattern": r"(.+)_\d+\.jpg",
-            "parents": ("[A-Z].*=cat", "[a-z].*=dog"),
-        },
+        options={"label_pattern": r"(.+)_\d+\.jpg"},
     ),
     "quickdraw": Preset(
         "npy",
