@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from flaxcls import config
 
 
-def get_config(dataset: str = "digits") -> ConfigDict:
+def get_config(dataset: str = "digits", model: str = "vgg13") -> ConfigDict:
     c = config.for_dataset(dataset, min_size=32)
-    c.model.name = "vgg13"
+    c.model.name = model
 
     c.train.batch_size = 64
     c.train.epochs = 15

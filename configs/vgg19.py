@@ -1,15 +1,10 @@
-"""VGG variant E with batch normalisation: the experiment of configs/vgg13.py with another depth.
+"""VGG variant E in the experiment of configs/vgg13.py.
 
-python -m flaxcls.main --config=configs/vgg19.py
-python -m flaxcls.main --config=configs/vgg19.py:caltech101_3 --config.data.path=DIR
+python -m flaxcls.main --config=configs/vgg19.py:image_folder --config.data.path=DIR
 """
 
-from ml_collections import ConfigDict
+from functools import partial
 
 from flaxcls.configs import vgg13
 
-
-def get_config(dataset: str = "digits") -> ConfigDict:
-    c = vgg13.get_config(dataset)
-    c.model.name = "vgg19"
-    return c
+get_config = partial(vgg13.get_config, model="vgg19")

@@ -247,6 +247,7 @@ RECIPES = {
         "optimizer.name": "adam",
     },
     "fashion_net0:fashion_mnist": FASHION | {"model.name": "fashion_net0"},
+    "fashion/fashion_net0": FASHION | {"model.name": "fashion_net0"},
     "fashion/fashion_net1": FASHION | {"model.name": "fashion_net1"},
     "fashion/fashion_net2": FASHION | {"model.name": "fashion_net2"},
     "fashion/vgg16": FASHION_VGG | {"model.name": "vgg16"},
