@@ -385,7 +385,9 @@ def test_losses_have_the_keys_that_they_take():
     branches = config.BRANCHES["loss.name"]
     assert set(branches) == set(losses.LOSSES)
     for name, function in losses.LOSSES.items():
-        assert set(branches[name]) == keywords(function, "class_weights", "parents"), name
+        assert set(branches[name]) == keywords(function, "class_weights", "parents", "siblings"), (
+            name
+        )
         for option, value in branches[name].items():
             assert inspect.signature(function).parameters[option].default == value, option
     assert tuple(config.BRANCHES["loss.class_weights"]) == losses.CLASS_WEIGHTS

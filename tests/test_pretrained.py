@@ -204,7 +204,8 @@ class Own(nn.Module):
     @nn.compact
     def __call__(self, images, train=False):
         x = nn.relu(nn.Conv(7, (3, 3))(images)).mean((1, 2))
-        return nn.Dense(self.num_classes)(nn.relu(nn.Dense(5)(x)))
+        x = nn.relu(nn.Dense(5)(x))
+        return nn.Dense(self.num_classes)(x)
 
 
 def shapes_of(model, *image_shape):
@@ -225,7 +226,7 @@ def test_the_head_of_a_users_own_model_may_be_of_another_size(tmp_path):
 
     filled["params"]["Dense_0"] = {"kernel": np.ones((7, 6)), "bias": np.ones(6)}
     pretrained.save(path, model, filled)
-    with pytest.raises(InputError, match=r"'params/Dense_0/(kernel|bias)' has shape .*6\)"):
+    with pytest.raises(InputError, match=r"'params/Dense_0/(kernel|bias)' has shape .*6,?\)"):
         pretrained.load(path, Own(5), shapes, image_shape=image_shape)
 
 
