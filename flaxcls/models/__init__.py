@@ -16,7 +16,14 @@ from flaxcls.models import (
     vgg,
 )
 from flaxcls.models.hierarchical import HierarchicalLogits
-from flaxcls.models.registry import create_model, list_models, model_options, register, registry
+from flaxcls.models.registry import (
+    create_model,
+    list_models,
+    model_options,
+    register,
+    registry,
+    trunk_options,
+)
 
 __all__ = [
     "HierarchicalLogits",
@@ -37,5 +44,6 @@ __all__ = [
     "registry",
     "residual_cam",
     "resnet",
+    "trunk_options",
     "vgg",
 ]

@@ -107,8 +107,10 @@ def remedy(model: nn.Module, tensors: Container[str]) -> str | None:
 
 def sizes(entry: Entry, theirs: tuple[int, ...], ours: tuple[int, ...]) -> str | None:
     """Returns the options that make an array of ours as large as theirs, or None if none does."""
+    if entry.kind != "flat" or len(theirs) != 2:
+        return None
     side = math.isqrt(theirs[0] // CHANNELS[-1])
-    if entry.kind != "flat" or len(theirs) != 2 or theirs[0] != side * side * CHANNELS[-1]:
+    if theirs[0] != side * side * CHANNELS[-1]:
         return None
     wanted = (("model.pool_size", side), ("model.head_width", theirs[1]))
     pairs = zip(wanted, theirs, ours, strict=True)
