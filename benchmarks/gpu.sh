@@ -9,10 +9,11 @@
 # 2: networks for 224 and 256 pixels, train, bfloat16.
 # 3: all of them, infer, bfloat16; then some of the large ones, train, float32.
 #
-# Each writes gpu_PART.json (and gpu_scaling, gpu_accuracy), .md and .png to $OUT, or to benchmarks/results. Needed are JAX for the
-# GPU, flax, optax, NumPy and clu (wheels in .wheels are used; `pip download --no-deps -d .wheels
-# clu` gets that one, and clu needs absl-py and wrapt); PyTorch for its side, matplotlib for the
-# plot. Options come last and win (for scaling.py --device alone): to try a part without a GPU,
+# Each writes gpu_PART.json, .md and .png to $OUT, or to benchmarks/results, and the first those of
+# gpu_scaling and gpu_accuracy, too. Needed are JAX for the GPU, flax, optax, NumPy and clu (wheels
+# in .wheels are used; `pip download --no-deps -d .wheels clu` gets that one, and clu needs absl-py
+# and wrapt); PyTorch for its side, matplotlib for the plot. Options come last and win (of them
+# scaling.py takes none but that it runs on CPU); to try a part without a GPU,
 #
 #     benchmarks/gpu.sh 2 --device=cpu --size=64 --batch=2 --rounds=1 --without_torch_compile
 set -euo pipefail
@@ -42,9 +43,9 @@ throughput() {
 }
 
 scaling() {
-    local task=(--device=cuda --model=resnet18 --size=224 --batch=256 --batch_each=256)
-    case " $* " in *" --device=cpu "*) task=(--device=cpu --model=resnet18 --size=32 --batch=16) ;; esac
-    timeout 90 python3 benchmarks/scaling.py "${task[@]}" --channels=3 --json="$results/gpu_scaling.json"
+    local task=(--device=cuda --model=resnet18 --size=224 --channels=3 --batch=256 --batch_each=256)
+    case " $* " in *" --device=cpu "*) task=(--model=lenet --devices=2 --rounds=1) ;; esac
+    timeout 90 python3 benchmarks/scaling.py "${task[@]}" --json="$results/gpu_scaling.json"
 }
 
 time_to_accuracy() {
