@@ -4,9 +4,9 @@ The text after the colon is hierarchical or flat: the same trunk, data and epoch
 hierarchy changes. Parents: tops, trousers, footwear, bags. Data as for fashion_net0. Nothing of the
 kind was published.
 
-Test accuracy, mean of 3 seeds: 91.20 % flat, 91.00 % hierarchical, whose parents are right in
-99.40 %. Of the errors 91.8 and 93.3 % stay within the right parent. On one CPU core flat took 4 to
-5 minutes, with the native operators, and hierarchical 12 to 14, with XLA's.
+Test accuracy, mean of 3 seeds: 91.20 % flat, 91.85 % hierarchical, whose parents are right in
+99.36 %. Of the errors 91.8 and 92.6 % stay within the right parent. 4 to 6 minutes on one CPU core.
+With all three weights of the loss at 1 the children lose: 90.85 %, and 91.00 % with XLA's operators.
 
     python -m flaxcls.main --config=fashion/hierarchical --config.data.path=DIR
     python -m flaxcls.main --config=fashion/hierarchical:flat --config.data.path=DIR
@@ -33,4 +33,7 @@ def get_config(experiment: str = "hierarchical") -> ConfigDict:
         c.model.name = "hierarchical"
         c.model.trunk = "like_vgg"
         c.loss.name = "hierarchical"
+        # The child comes first: a pull towards its siblings smooths it, and the parent is easy.
+        c.loss.parent_weight = 0.2
+        c.loss.kl_weight = 0.1
     return c
