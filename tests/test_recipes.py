@@ -263,6 +263,8 @@ RECIPES = {
         "model.name": "hierarchical",
         "model.trunk": "like_vgg",
         "loss.name": "hierarchical",
+        "loss.parent_weight": 0.2,
+        "loss.kl_weight": 0.1,
         "data.parents": (
             "T-shirt/top|Pullover|Dress|Coat|Shirt=tops",
             "Trouser=trousers",

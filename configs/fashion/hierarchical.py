@@ -6,7 +6,7 @@ kind was published.
 
 Test accuracy, mean of 3 seeds: 91.20 % flat, 91.85 % hierarchical, whose parents are right in
 99.36 %. Of the errors 91.8 and 92.6 % stay within the right parent. 4 to 6 minutes on one CPU core.
-With all three weights of the loss at 1 the children lose: 90.85 %, and 91.00 % with XLA's operators.
+With the loss's three weights at 1 the children lose: 90.85 %, and 91.00 % with XLA's operators.
 
     python -m flaxcls.main --config=fashion/hierarchical --config.data.path=DIR
     python -m flaxcls.main --config=fashion/hierarchical:flat --config.data.path=DIR
