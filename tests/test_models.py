@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from flaxcls import models, ops
 from flaxcls.errors import InputError
@@ -600,3 +601,38 @@ def test_importing_models_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+class Users(nn.Module):
+    """A user's own model, with options of every type."""
+
+    num_classes: int
+    scale: float = 1.0
+    count: int = 16
+    sizes: tuple[int, ...] = (3,)
+    width: int | None = None
+
+    def __call__(self, images, train=False):
+        raise NotImplementedError
+
+
+def test_options_of_a_users_model_are_what_their_defaults_are(monkeypatch):
+    monkeypatch.setitem(models.registry, "users", None)  # taken out again after the test
+    models.register("users", Users)
+    model = models.create_model("users", 3, scale=-2.5, sizes=(1, 2), width=5)
+    assert (model.scale, model.sizes, model.width) == (-2.5, (1, 2), 5)
+    for option, value, wanted in [
+        ("scale", "large", "a finite number"),
+        ("scale", float("nan"), "a finite number"),
+        ("count", 0, "a whole number of at least 1"),
+        ("count", 2**40, "a whole number of at least 1"),
+        ("sizes", 3, "a tuple"),
+    ]:
+        with pytest.raises(InputError, match=f"model.{option}: .* is not possible; give {wanted}"):
+            models.create_model("users", 3, **{option: value})
+
+
+@pytest.mark.parametrize("name", ["hierarchical", "residual_cam"])
+def test_an_unknown_trunk_is_named(name):
+    with pytest.raises(InputError, match=r"model\.trunk: no model 'resnet81'.*resnet18"):
+        models.create_model(name, 3, trunk="resnet81")

@@ -1,6 +1,6 @@
 """What the value of a model's option must be, and how to say so."""
 
-import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,11 +24,16 @@ class Rule(NamedTuple):
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    # Sizes of more than 31 bits are none that XLA takes.
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def one_of(*choices: Any) -> Rule:
@@ -47,8 +52,11 @@ def none_or(rule: Rule) -> Rule:
 
 COUNT = Rule(_is_count, "a whole number of at least 1")
 SHARE = Rule(_is_share, "a number from 0 to less than 1")
+NUMBER = Rule(_is_number, "a finite number")
 FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
 TEXT = Rule(lambda value: isinstance(value, str), "text")
+TUPLE = Rule(lambda value: isinstance(value, tuple), "a tuple, such as (1, 2)")
+ANYTHING = Rule(lambda value: True, "anything")
 
 # Options that several families have.
 COMMON = {
@@ -58,19 +66,21 @@ COMMON = {
     "head_width": COUNT,
     "pool_size": none_or(COUNT),
     "dropout": SHARE,
+    "cam_dropout": SHARE,
 }
-_BY_TYPE = {bool: FLAG, int: COUNT, float: SHARE, str: TEXT}
+_BY_TYPE = {bool: FLAG, int: COUNT, float: NUMBER, str: TEXT, tuple: TUPLE}
 
 
 def rule_of(option: str, default: Any, own: Mapping[str, Rule]) -> Rule:
-    """The rule of an option: the model's own, the common one, or what its default's type says."""
+    """The rule of an option: the model's own, the common one, or what its default's type says.
+
+    A default of None, or none at all, says nothing.
+    """
     if option in own:
         return own[option]
     if option in COMMON:
         return COMMON[option]
-    if default is inspect.Parameter.empty or type(default) not in _BY_TYPE:
-        raise TypeError(f"the option {option} needs a rule; give one to `register`")
-    return _BY_TYPE[type(default)]
+    return _BY_TYPE.get(type(default), ANYTHING)
 
 
 def check(option: str, value: Any, rule: Rule) -> Any:

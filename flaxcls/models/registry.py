@@ -115,6 +115,7 @@ def create_model(
     of_trunk = {}
     if entry.nested is not None:
         trunk = check("trunk", options.get("trunk", fields["trunk"].default), TEXT)
+        _entry(trunk, "model.trunk")
         taken = entry.nested(trunk)
         of_trunk = {o: v for o, v in options.items() if o in taken and o not in known}
         create_model(trunk, 0, **of_trunk)  # checks them now, not when the model is first called
@@ -173,7 +174,7 @@ def _trunk(name: str) -> Callable[..., nn.Module]:
     return trunk
 
 
-def _entry(name: str) -> Entry:
+def _entry(name: str, key: str = "model.name") -> Entry:
     if name not in registry:
-        raise InputError(f"model.name: no model {name!r}; {did_you_mean(name, list_models())}")
+        raise InputError(f"{key}: no model {name!r}; {did_you_mean(name, list_models())}")
     return registry[name]
