@@ -19,9 +19,11 @@ images a second, and this hardly. Exits with 1 where a ratio that is asked for i
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,7 +35,11 @@ from typing import Any
 import machine
 import numpy as np
 import turns
+from input_task import FILE_BATCH
 from PIL import Image
+
+from flaxcls.data.load import load_dataset
+from flaxcls.errors import InputError
 
 DECODERS = ("flaxcls", "Pillow", "OpenCV")
 LOADER, BARE, GATHER = "DataLoader", "bare threads", "NumPy's gather"
@@ -63,17 +69,16 @@ def measure(
     seconds: float,
 ) -> list[Row]:
     """Returns a row for each peer that is not in `against`, with its ratios to those that are."""
-    running = {name: turns.Peer(command) for name, command in peers.items()}
     taken: dict[str, list[turns.Turn]] = {name: [] for name in peers}
-    try:
+    with contextlib.ExitStack() as stack:
+        running = {
+            name: stack.enter_context(turns.Peer(command)) for name, command in peers.items()
+        }
         for _ in range(rounds):
             for name, peer in running.items():
                 turn = peer.turn(seconds)
                 if turn is not None:
                     taken[name].append(turn)
-    finally:
-        for peer in running.values():
-            peer.close()
     rows = []
     for name, own in taken.items():
         row: Row = {"what": what, "workers": workers, "peer": name}
@@ -176,6 +181,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def wrong(arguments: argparse.Namespace) -> str | None:
+    """Returns what is wrong with the arguments in one sentence, or None."""
+    if min(arguments.workers) < 1 or arguments.rounds < 1 or not 0 < arguments.seconds < 3600:
+        return "--workers and --rounds are at least 1, and --seconds are more than 0"
+    if arguments.path is None:
+        return None
+    try:
+        count = len(load_dataset("image_folder", arguments.path).splits["train"])
+    except InputError as error:
+        return f"--path: {error}"
+    if count < FILE_BATCH:
+        return f"--path: {count} images are less than a batch of {FILE_BATCH}; give a larger folder"
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--path", help="folder of photos, one a class; else files of noise")
@@ -185,6 +205,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.5, help="of a turn")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
+    problem = wrong(arguments)
+    if problem:
+        sys.exit(f"input_pipeline.py: {problem}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # peers are ended
     about = {**machine.describe(machine.own_devices()), **versions()}
     rounds, seconds = arguments.rounds, arguments.seconds
     with tempfile.TemporaryDirectory() as temporary:

@@ -44,7 +44,17 @@ class Peer:
             text=True,
             start_new_session=True,
         )
-        self._runs = bool(self._answer())
+        try:
+            self._runs = bool(self._answer())
+        except BaseException:  # Ctrl-C, too: a stopped process outlives its parent
+            self.close()
+            raise
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def turn(self, seconds: float) -> Turn | None:
         """Lets it work for some seconds; None where it cannot run here."""
