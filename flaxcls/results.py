@@ -17,6 +17,7 @@ from flaxcls import pretrained, runlog
 from flaxcls.checkpoint import check_directory
 from flaxcls.compilation import compile_seconds
 from flaxcls.data.dataset import class_counts, fingerprint, named
+from flaxcls.data.decode import RESAMPLER
 from flaxcls.data.load import check_run_folder
 from flaxcls.errors import InputError, another_workdir
 from flaxcls.evaluate import Evaluator, write_predictions
@@ -77,6 +78,7 @@ DESCRIPTION_KINDS = {
     "placement": _is_text,
     "fingerprint": _is_text,
     "weights": _is_origin,
+    "resampler": _is_text,
 }
 
 
@@ -310,8 +312,9 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"'{path}' has format {version}, and this version of flaxcls reads format "
             f"{FORMAT_VERSION}; use the version that wrote it"
         )
-    # The first runs of format 1 did not say what they started from.
-    described = _read_with(path, DESCRIPTION_KINDS, absent={"weights": None})
+    # The first runs of format 1 did not say what they started from, and had images from Pillow.
+    absent = {"weights": None, "resampler": "pillow"}
+    described = _read_with(path, DESCRIPTION_KINDS, absent)
     counts, names = described["class_counts"], described["class_names"]
     if len(counts) != len(names):
         raise InputError(
@@ -375,6 +378,7 @@ def describe(experiment: Experiment, exemplars: np.ndarray) -> dict[str, Any]:
         "class_parents": dataset.class_parents,
         "class_counts": class_counts(dataset)["train"],
         "pixels": runlog.pixel_statistics(images),
+        "resampler": RESAMPLER,
         "placement": experiment.data.placement,
         "fingerprint": experiment.data.fingerprint,
         "weights": dataclasses.asdict(experiment.weights) if experiment.weights else None,

@@ -8,8 +8,9 @@ import pytest
 from small_experiments import lenet
 
 from flaxcls import losses
+from flaxcls.data.decode import RESAMPLER
 from flaxcls.errors import InputError
-from flaxcls.experiment import for_training
+from flaxcls.experiment import for_evaluation, for_training
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,27 @@ def test_metrics_have_room_for_the_parts_of_the_loss():
 def test_a_hierarchical_loss_without_parents_is_refused():
     with pytest.raises(InputError, match="needs the parent of each class; write rules"):
         for_training(lenet(loss__name="hierarchical"))
+
+
+@pytest.mark.parametrize(
+    ("size", "before", "said"),
+    [(6, "another", True), (6, RESAMPLER, False), (8, "another", False), (16, "another", False)],
+)
+def test_another_resampler_than_the_run_began_with_is_said(size, before, said):
+    """Digits are 8x8: they are resized on the host where a model wants fewer pixels."""
+    config = lenet(model__name="resnet18", data__image_size=size)
+    begun = for_training(config)
+    described = {
+        "fingerprint": begun.data.fingerprint,
+        "placement": "host",
+        "mean": [0.5],
+        "std": [0.5],
+        "weights": None,
+        "class_names": begun.data.dataset.class_names,
+        "class_counts": [9] * 10,
+        "resampler": before,
+    }
+    for experiment in (for_training(config, described), for_evaluation(config, described)):
+        notes = [n for n in experiment.data.notes if "did when the run began" in n]
+        assert len(notes) == said
+        assert not said or notes[0].startswith(f"data: {RESAMPLER} resizes the images here, and")

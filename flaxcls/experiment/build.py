@@ -20,7 +20,13 @@ from flaxcls.data.dataset import Dataset, class_counts, fingerprint
 from flaxcls.data.load import load_dataset
 from flaxcls.data.splits import merged
 from flaxcls.errors import InputError
-from flaxcls.experiment.placement import Data, image_spec, normalization, place
+from flaxcls.experiment.placement import (
+    Data,
+    image_spec,
+    normalization,
+    place,
+    with_resampler,
+)
 from flaxcls.experiment.recipe import (
     check_batch,
     check_hierarchy,
@@ -145,6 +151,7 @@ def for_training(config: ConfigDict, earlier: dict[str, Any] | None = None) -> E
     imported = imported_weights(config, recipe) if earlier is None else None
     data = place(config, dataset, mesh, augmentation, earlier["placement"] if earlier else None)
     if earlier is not None:
+        data = with_resampler(data, image_spec(config), earlier["resampler"])
         mean, std = tuple(earlier["mean"]), tuple(earlier["std"])
         weights = pretrained.Origin(**earlier["weights"]) if earlier["weights"] else None
     else:
@@ -230,6 +237,8 @@ def for_evaluation(
     recipe = recipe._replace(preprocess=preprocess)
     check_model(config, recipe)
     data = place(config, dataset, mesh, Augmentation())
+    if not other_data:
+        data = with_resampler(data, image_spec(config), trained["resampler"])
     return Experiment(config, data, mesh, recipe, order, evaluated=evaluated)
 
 

@@ -11,7 +11,7 @@ from flaxcls.augment import Augmentation
 from flaxcls.batch import dataset_statistics
 from flaxcls.data import loader
 from flaxcls.data.dataset import Dataset, Split, fingerprint
-from flaxcls.data.decode import ImageSpec, decode_all, resize_array
+from flaxcls.data.decode import RESAMPLER, ImageSpec, decode_all, resize_array
 from flaxcls.memory import describe_bytes, free_memory
 from flaxcls.models import model_options
 from flaxcls.pretrained import IMAGENET, Normalization
@@ -94,6 +94,20 @@ def place(
             split, mesh, spec, placement=placement, workers=d.workers, prefetch=d.prefetch
         )
     return Data(dataset, feeds, placement, tuple(notes), fingerprint(dataset))
+
+
+def with_resampler(data: Data, spec: ImageSpec, before: str) -> Data:
+    """Adds a note to data that another resampler made from the same files `before`."""
+    images = [split.images for split in data.dataset.splits.values()]
+    if before == RESAMPLER or all(
+        isinstance(one, np.ndarray) and one.shape[1] == one.shape[2] <= spec.size for one in images
+    ):
+        return data
+    note = (
+        f"data: {RESAMPLER} resizes the images here, and {before} did when the run began: up to a "
+        "fourth of the pixels' values are one level beside what they were"
+    )
+    return dataclasses.replace(data, notes=(*data.notes, note))
 
 
 def stored_images(split: Split, spec: ImageSpec) -> np.ndarray:
