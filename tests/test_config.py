@@ -253,6 +253,7 @@ def test_any_option_of_a_model_can_be_given_by_its_name(tmp_path, options, taken
     [
         ({"model__options": ("width",)}, "model.options: 'width' is no option; write NAME=VALUE"),
         ({"model__options": ("a b=3",)}, "model.options: 'a b=3' is no option; write NAME=VALUE"),
+        ({"model__options": ("a=1,b=2",)}, "'a=1,b=2' holds several options; give the flag once"),
         ({"model__options": ("dtype=1",)}, "dtype is no option of a model; precision decides on"),
         ({"model__options": ("num_classes=3",)}, "num_classes is no option .*; the data decides"),
         ({"model__options": ("name=vgg11",)}, "name is no option of a model; model.name decides"),

@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,11 @@ def _option(rule: str) -> tuple[str, Any]:
         value = ast.literal_eval(text)
     except (SyntaxError, TypeError, ValueError):
         value = text
+    if isinstance(value, str) and re.search(r",\s*[A-Za-z_]\w*\s*=", value):
+        raise InputError(
+            f"model.options: {rule!r} holds several options; give the flag once for each, as in "
+            "--config.model.options=NAME=VALUE, or in a config file a tuple of texts"
+        )
     return name, tuple(value) if isinstance(value, list) else value
 
 
