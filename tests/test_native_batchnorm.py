@@ -10,7 +10,8 @@ from native_operators import assert_close, assert_equal, in_two_threads, needs_n
 
 from flaxcls import ops
 from flaxcls.freezing import Selection, frozen_statistics
-from flaxcls.ops.native.batchnorm import batch_norm
+from flaxcls.ops.native.batchnorm import batch_norm, batch_norm_inference
+from flaxcls.ops.normalise import normalise
 
 pytestmark = needs_native
 EPSILON = 1e-5
@@ -204,6 +205,35 @@ def test_vmap_scan_and_remat_give_the_bits_of_single_calls():
     assert_equal(gradients)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("residual", "relu", "pool"), FUSIONS)
+def test_with_given_statistics_it_is_that_of_float64(residual, relu, pool, dtype):
+    rng = np.random.default_rng(7)
+    for c in CHANNELS[dtype]:
+        x, scale, bias, added = random_arguments((3, 5, 7, c), residual, dtype)
+        mean, var = jnp.float32(rng.normal(size=c)), jnp.float32(rng.uniform(0.1, 3, c))
+
+        def apply(x, scale, bias, added, mean=mean, var=var):
+            return batch_norm_inference(
+                x, scale, bias, mean, var, EPSILON, residual=added, relu=relu, pool=pool
+            )
+
+        y, vjp = jax.vjp(apply, x, scale, bias, added)
+        gradient = jnp.asarray(draw(*y.shape, seed=4), dtype)
+        exact = [np.asarray(a, np.float64) for a in (x, scale, bias, mean, var, gradient)]
+        z = (exact[0] - exact[3]) / np.sqrt(exact[4] + EPSILON) * exact[1] + exact[2]
+        z = z if added is None else z + np.asarray(added, np.float64)
+        z = np.maximum(z, 0) if relu else z
+        assert_close(y, windows_of_2x2(z).max(-1) if pool else z, dtype)
+        if dtype == "float32":  # in bfloat16 the gradient's own ReLU and pool see rounded numbers
+            plain = partial(normalise, epsilon=EPSILON, relu=relu, pool=pool, dtype=dtype)
+            with ops.use_backend("flax"):
+                of_all = jax.vjp(plain, x, scale, bias, mean, var, added)[1](gradient)
+            theirs = jax.tree.leaves((*of_all[:3], of_all[5]))
+            for a, b in zip(jax.tree.leaves(vjp(gradient)), theirs, strict=True):
+                assert_close(a, b)
+
+
 def test_statistics_pass_no_gradient():
     x, scale, bias, _ = random_arguments((4, 4, 4, 3), residual=False)
     gradient = jax.grad(lambda x: sum(s.sum() for s in batch_norm(x, scale, bias, EPSILON)[1:]))(x)
@@ -309,7 +339,9 @@ def names_of_calls(f, *arguments):
         ("auto", "float32", True, True),
         ("native", "bfloat16", True, True),
         ("native", "float16", True, False),
-        ("native", "float32", False, False),
+        ("native", "float32", False, True),
+        ("native", "float16", False, False),
+        ("xla", "float32", False, False),
         ("xla", "float32", True, False),
         ("flax", "float32", True, False),
     ],
@@ -319,7 +351,9 @@ def test_where_the_module_is_native(backend, dtype, train, native):
     init = partial(layer.init_with_output, use_running_average=not train, relu=True, pool=True)
     with ops.use_backend(backend):
         jaxpr = names_of_calls(init, jax.random.key(0), x)
-    assert ("flaxcls_batch_norm_forward" in jaxpr) == native
+    name = "flaxcls_batch_norm_forward" if train else "flaxcls_batch_norm_inference"
+    assert (name in jaxpr) == native
+    assert jaxpr.count("flaxcls_") == native
 
 
 def test_over_several_devices_nothing_is_native(monkeypatch):

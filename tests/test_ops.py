@@ -253,12 +253,47 @@ def test_use_backend_restores_the_one_before():
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the fixes are for the CPU")
 @pytest.mark.parametrize(("h", "w", "kernel", "stride", "padding"), SMALL_MAPS + OTHER_MAPS)
 def test_small_maps_are_convolved_by_matmuls(h, w, kernel, stride, padding):
-    x, weights = draw(1, h, w, 2), draw(kernel, kernel, 2, 3)
+    x, weights = draw(1, h, w, 4), draw(kernel, kernel, 4, 3)
     with ops.use_backend("xla"):
         run = jax.make_jaxpr(partial(ops.convolve, strides=(stride, stride), padding=padding))
         operators = str(run(x, weights))
     small = (h, w, kernel, stride, padding) in SMALL_MAPS
     assert ("conv_general_dilated" in operators) != small
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the fixes are for the CPU")
+@pytest.mark.parametrize("seed", range(30))
+def test_images_of_few_channels_are_convolved_as_others_are(seed):
+    """Any shape; values, gradients, forward derivatives and those of one argument alone."""
+    rng = np.random.default_rng(seed)
+    (h, w), (rows, columns) = rng.integers(2, 20, 2), rng.integers([1, 2], 8)
+    around = tuple(map(tuple, rng.integers(0, 3, (2, 2)).tolist()))
+    padding = ("SAME", "VALID", around)[seed % 3]
+    x = draw(2, max(h, rows), max(w, columns), seed % 3 + 1)
+    kernel = draw(rows, columns, x.shape[-1], 1 + seed % 7, seed=1)
+    dx, dkernel = draw(*x.shape, seed=2), draw(*kernel.shape, seed=3)
+
+    def everything(backend):
+        with ops.use_backend(backend):
+            convolve = partial(ops.convolve, padding=padding)
+            y, vjp = jax.vjp(convolve, x, kernel)
+            _, of_both = jax.jvp(convolve, (x, kernel), (dx, dkernel))
+            of_kernel = jax.grad(lambda kernel: (convolve(x, kernel) ** 2).sum())(kernel)
+            of_none = jax.grad(lambda scale: ((scale * convolve(x, kernel)) ** 2).sum())(1.0)
+            return (
+                y,
+                vjp(draw(*y.shape, seed=4)),
+                of_both,
+                of_kernel,
+                of_none,
+                str(jax.make_jaxpr(convolve)(x, kernel)),
+            )
+
+    *ours, ours_in_words = everything("xla")
+    *theirs, theirs_in_words = everything("flax")
+    assert_close(ours, theirs, "float32")
+    assert "few_channels" in ours_in_words
+    assert "few_channels" not in theirs_in_words
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the fixes are for the CPU")

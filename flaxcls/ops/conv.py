@@ -1,6 +1,7 @@
 """2-D convolution, NHWC by HWIO."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from flaxcls.ops.backend import implementation, precision, use_native
 from flaxcls.ops.channels import spread
 from flaxcls.ops.native import convolution
-from flaxcls.ops.windows import Padding, strided_slices
+from flaxcls.ops.windows import Padding, Sides, sides, strided_slices
 
 
 class Conv(nn.Module):
@@ -58,17 +60,24 @@ def convolve(
 ) -> jax.Array:
     """x (N, H, W, C) by kernel (kernel height, kernel width, C, O) -> (N, H', W', O)."""
     if use_native() and x.dtype in (jnp.float32, jnp.bfloat16):
-        sides = padding
-        if isinstance(sides, str):
-            sides = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, sides)
-        rows, columns = sides
-        return convolution.convolve(x, kernel, strides, (rows, columns), precision=precision())
+        around = sides(x.shape[1:3], kernel.shape[:2], strides, padding)
+        return convolution.convolve(x, kernel, strides, around, precision=precision())
     if implementation() == "cpu":
         windows = _small_map_windows(x.shape[1:3], kernel.shape[:2], strides, padding)
         if windows:
             return _convolve_small_map(x, kernel, windows)
         if x.dtype == jnp.float64:
             return _convolve_patches(x, kernel, strides, padding)
+        if x.shape[-1] <= 3 and x.dtype == jnp.float32 and _is_stride_1(kernel, strides):
+            return _convolve_few_channels(
+                x, kernel, sides(x.shape[1:3], kernel.shape[:2], strides, padding)
+            )
+    return _convolve_plain(x, kernel, strides, padding)
+
+
+def _convolve_plain(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+) -> jax.Array:
     return lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -86,10 +95,9 @@ def _small_map_windows(
     Small are maps of which a centred kernel of stride 1 covers the whole from every pixel, and
     those with at most 4 outputs from at most 16 pixels.
     """
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(map_size, kernel_size, strides, padding)
+    around = sides(map_size, kernel_size, strides, padding)
     lines = []
-    for n, k, stride, (before, after) in zip(map_size, kernel_size, strides, padding, strict=True):
+    for n, k, stride, (before, after) in zip(map_size, kernel_size, strides, around, strict=True):
         starts = range(-before, n + after - k + 1, stride)
         seen = [(max(0, start), min(n, start + k)) for start in starts]
         if any(last <= first for first, last in seen):
@@ -139,3 +147,51 @@ def _convolve_patches(
     rows, columns, _, features = kernel.shape
     slices = strided_slices(x, (rows, columns), strides, padding, fill=0.0)
     return jnp.concatenate(slices, axis=-1) @ kernel.reshape(-1, features)
+
+
+def _is_stride_1(kernel: jax.Array, strides: tuple[int, int]) -> bool:
+    return tuple(strides) == (1, 1) and kernel.shape[1] > 1
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _convolve_few_channels(x: jax.Array, kernel: jax.Array, padding: Sides) -> jax.Array:
+    """Convolution of stride 1 whose outputs are made several side by side by one matmul.
+
+    x (N, H, W, C) by kernel (kernel height, kernel width, C, O) -> (N, H', W', O). A convolution of
+    images of 1 or 3 channels has too little to multiply: neighbours share their windows instead,
+    and the kernel is repeated, shifted, with zeros around it. 5x5 of 64x28x28x1 to 32 channels:
+    0.9 ms for 1.9; 3x3 of 32x128x128x3 to 9: 10 ms for 18. Its derivatives are the convolution's,
+    which are the faster ones: 0.8 ms for 3.7 and 9 for 24.
+    """
+    together = 4 if x.shape[-1] == 1 else 2
+    (top, bottom), (left, right) = padding
+    n, h, w, c = x.shape
+    rows, columns, _, features = kernel.shape
+    height, width = h + top + bottom - rows + 1, w + left + right - columns + 1
+    if height < 1 or width < 1:
+        return _convolve_plain(x, kernel, (1, 1), padding)
+    blocks, seen = -(-width // together), together + columns - 1
+    beyond = -(-(columns - 1) // together)  # blocks to the right that a block's windows reach
+    missing = (blocks + beyond) * together - w - left
+    x = jnp.pad(x, ((0, 0), (top, bottom), (left, max(0, missing)), (0, 0)))
+    x = x[:, :, : (blocks + beyond) * together]
+    x = x.reshape(n, h + top + bottom, blocks + beyond, together * c)
+    lines = jnp.concatenate([x[:, :, i : i + blocks] for i in range(beyond + 1)], axis=-1)
+    lines = lines[..., : seen * c]
+    patches = jnp.concatenate([lines[:, i : i + height] for i in range(rows)], axis=-1)
+    shifted = [
+        jnp.pad(kernel, ((0, 0), (i, together - 1 - i), (0, 0), (0, 0))) for i in range(together)
+    ]
+    matrix = jnp.stack(shifted, axis=3).reshape(rows * seen * c, together * features)
+    return (patches @ matrix).reshape(n, height, blocks * together, features)[:, :, :width]
+
+
+@partial(_convolve_few_channels.defjvp, symbolic_zeros=True)
+def _few_channels_jvp(padding, primals, tangents):
+    (x, kernel), (dx, dkernel) = primals, tangents
+    y = _convolve_few_channels(x, kernel, padding)
+    pairs = [(dx, kernel), (x, dkernel)]
+    known = [p for p in pairs if not any(isinstance(a, SymbolicZero) for a in p)]
+    if not known:
+        return y, jnp.zeros_like(y)
+    return y, sum(_convolve_plain(*pair, (1, 1), padding) for pair in known)

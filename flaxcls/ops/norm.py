@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
-from jax import lax
 
 from flaxcls.ops.backend import use_native
-from flaxcls.ops.channels import channel_mean, spread
-from flaxcls.ops.native.batchnorm import batch_norm
-from flaxcls.ops.pool import max_pool
+from flaxcls.ops.channels import channel_mean
+from flaxcls.ops.native.batchnorm import batch_norm, batch_norm_inference
+from flaxcls.ops.normalise import normalise
 
 
 class BatchNorm(nn.Module):
@@ -21,10 +20,10 @@ class BatchNorm(nn.Module):
     is (biased, flax's); PyTorch's carries n / (n - 1). With float64 parameters the running
     statistics are float64 from the start, where flax's would turn so at the first step.
 
-    What often follows, a residual, ReLU and a pool, can be asked for in the call. In training on
-    CPU all of it then is one native operator (`native/batchnorm.py`), where one is to be had: with
+    What often follows, a residual, ReLU and a pool, can be asked for in the call. On CPU all of it
+    then is one native operator (`native/batchnorm.py`), where one is to be had: in training, with
     its gradient, 64x32x32x64 with ReLU and pool takes 9 ms instead of 42, one thread. It has no
-    derivatives but the first, backwards, and none of the running statistics.
+    derivatives but the first, backwards, and in training none of the running statistics.
 
     Attributes:
       momentum: share of the old running statistics that each step keeps.
@@ -77,37 +76,27 @@ class BatchNorm(nn.Module):
                 moved = self.momentum * running.value + (1 - self.momentum) * new
                 running.value = moved.astype(running.value.dtype)
 
-        if not use_running_average and _native_takes(x, scale, bias, residual, dtype):
+        then: dict[str, Any] = {"residual": residual, "relu": relu, "pool": pool}
+        if _native_takes(x, scale, bias, residual, dtype):
             scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
-            y, mean, var = batch_norm(
-                x, scale, bias, self.epsilon, residual=residual, relu=relu, pool=pool
-            )
+            if use_running_average:
+                mean, var = running_mean.value, running_var.value
+                return batch_norm_inference(x, scale, bias, mean, var, self.epsilon, **then)
+            y, mean, var = batch_norm(x, scale, bias, self.epsilon, **then)
             move_running(mean, var)
             return y
-
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if use_running_average:
             mean, var = running_mean.value, running_var.value
         else:
-            mean, var = _moments(wide)
+            mean, var = _moments(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
             move_running(mean, var)
-        slope = lax.rsqrt(var + self.epsilon) * scale
-        # Around a constant, which changes neither value nor any derivative, the gradient needs
-        # two sums over the pixels instead of three.
-        origin = lax.stop_gradient(mean)
-        offset = bias - (mean - origin) * slope
-        y = ((wide - origin) * spread(slope, x) + spread(offset, x)).astype(dtype)
-        if residual is not None:
-            y = y + residual
-        if relu:
-            y = nn.relu(y)
-        return max_pool(y, (2, 2)) if pool else y
+        return normalise(x, scale, bias, mean, var, epsilon=self.epsilon, dtype=dtype, **then)
 
 
 def _native_takes(
     x: jax.Array, scale: jax.Array, bias: jax.Array, residual: jax.Array | None, dtype: Any
 ) -> bool:
-    """Whether the native operator computes what is asked for in training, `dtype` the result's."""
+    """Whether the native operators compute what is asked for; `dtype` is the result's."""
     narrow = all(jnp.promote_types(p.dtype, jnp.float32) == jnp.float32 for p in (scale, bias))
     same = residual is None or (residual.dtype, residual.shape) == (x.dtype, x.shape)
     known = x.dtype == dtype and x.dtype in (jnp.float32, jnp.bfloat16)

@@ -9,6 +9,19 @@ from jax import lax
 Padding = str | Sequence[tuple[int, int]]
 
 
+Sides = tuple[tuple[int, int], tuple[int, int]]
+
+
+def sides(
+    map_size: Sequence[int], window: Sequence[int], strides: Sequence[int], padding: Padding
+) -> Sides:
+    """Padding in numbers, ((top, bottom), (left, right)), for a map of height and width."""
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(map_size, window, strides, padding)
+    (top, bottom), (left, right) = padding
+    return (top, bottom), (left, right)
+
+
 def strided_slices(
     x: jax.Array,
     window: tuple[int, int],
@@ -28,8 +41,7 @@ def strided_slices(
     Returns:
       One array (N, H', W', C) for each place in the window, where H' and W' count its positions.
     """
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+    padding = sides(x.shape[1:3], window, strides, padding)
     if any(side for pair in padding for side in pair):
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=fill)
     # One past the last row and column at which a window may start.

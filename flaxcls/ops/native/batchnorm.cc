@@ -1,5 +1,6 @@
 // Batch normalisation with what is fused with it, and its gradients, as targets of jax.ffi.
 #include <cstdint>
+#include <vector>
 
 #include "batchnorm_backward.h"
 #include "batchnorm_forward.h"
@@ -51,6 +52,41 @@ inline xla::ffi::Error BatchNormForwardHandler(
     Tasks tasks(pool_of_threads);
     WithFusion(add, relu, pool, [&](auto fusion) {
       BatchNormForward<decltype(fusion)>(shape, epsilon, arrays, tasks);
+    });
+  });
+}
+
+// With statistics that are given, as when training is over.
+inline xla::ffi::Error BatchNormInferenceHandler(
+    xla::ffi::ThreadPool pool_of_threads, xla::ffi::AnyBuffer x, xla::ffi::AnyBuffer residual,
+    xla::ffi::AnyBuffer scale, xla::ffi::AnyBuffer bias, xla::ffi::AnyBuffer mean,
+    xla::ffi::AnyBuffer variance, xla::ffi::Result<xla::ffi::AnyBuffer> y, bool add, bool relu,
+    bool pool, float epsilon) {
+  MapShape shape;
+  if (auto error = ReadShape(x, pool, &shape); error.failure()) return error;
+  const auto type = x.element_type();
+  const int64_t elements = x.element_count(), results = pool ? PooledElements(shape) : elements;
+  if (!HaveSize(xla::ffi::F32, shape.channels, scale, bias, mean, variance) ||
+      !HaveSize(type, results, *y) || (add && !HaveSize(type, elements, residual))) {
+    return xla::ffi::Error::InvalidArgument("batch_norm_inference: a type or shape does not fit");
+  }
+  return WithType(type, "batch_norm_inference", [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<float> mean_rest(shape.channels);
+    const BatchNormForwardArrays<T> arrays = {
+        static_cast<const T*>(x.untyped_data()),
+        static_cast<const T*>(residual.untyped_data()),
+        scale.typed_data<float>(),
+        bias.typed_data<float>(),
+        static_cast<T*>(y->untyped_data()),
+        mean.typed_data<float>(),
+        mean_rest.data(),
+        variance.typed_data<float>(),
+        nullptr,
+    };
+    Tasks tasks(pool_of_threads);
+    WithFusion(add, relu, pool, [&](auto fusion) {
+      Normalize<decltype(fusion)>(shape, epsilon, arrays, tasks);
     });
   });
 }
@@ -112,6 +148,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(batch_norm_forward, flaxcls::BatchNormForwardHandl
                                   .Ret<xla::ffi::AnyBuffer>()  // mean_rest
                                   .Ret<xla::ffi::AnyBuffer>()  // variance
                                   .Ret<xla::ffi::AnyBuffer>()  // winner
+                                  .Attr<bool>("residual")
+                                  .Attr<bool>("relu")
+                                  .Attr<bool>("pool")
+                                  .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(batch_norm_inference, flaxcls::BatchNormInferenceHandler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()  // x
+                                  .Arg<xla::ffi::AnyBuffer>()  // residual
+                                  .Arg<xla::ffi::AnyBuffer>()  // scale
+                                  .Arg<xla::ffi::AnyBuffer>()  // bias
+                                  .Arg<xla::ffi::AnyBuffer>()  // mean
+                                  .Arg<xla::ffi::AnyBuffer>()  // variance
+                                  .Ret<xla::ffi::AnyBuffer>()  // y
                                   .Attr<bool>("residual")
                                   .Attr<bool>("relu")
                                   .Attr<bool>("pool")

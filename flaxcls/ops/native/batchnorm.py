@@ -1,4 +1,4 @@
-"""Batch normalisation in training, with what follows it, by the native operators."""
+"""Batch normalisation, with what follows it, by the native operators."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from flaxcls.ops.normalise import normalise
 
 
 class _Fusion(NamedTuple):
@@ -94,6 +96,56 @@ def _backward(fusion, saved, gradients):
 
 
 _batch_norm.defvjp(_forward, _backward)
+
+
+def batch_norm_inference(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    epsilon: float,
+    *,
+    residual: jax.Array | None = None,
+    relu: bool = False,
+    pool: bool = False,
+) -> jax.Array:
+    """Normalise by given statistics; then add, apply ReLU and pool, in one pass.
+
+    To be called only where `build.native().usable`. It has first derivatives, backwards, which
+    are those of XLA's operators.
+
+    Args:
+      x, scale, bias, epsilon, residual, relu, pool: see `batch_norm`.
+      mean: (C,), float32; `var` likewise.
+
+    Returns:
+      What `batch_norm` returns first.
+
+    Source: Ioffe and Szegedy 2015, algorithm 2.
+    """
+    fusion = _Fusion(float(epsilon), residual is not None, bool(relu), bool(pool))
+    return _inference(x, scale, bias, mean, var, residual, fusion)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _inference(x, scale, bias, mean, var, residual, fusion):
+    added = _nothing(x) if residual is None else residual
+    return fusion.call("batch_norm_inference", _result(x, fusion), x, added, scale, bias, mean, var)
+
+
+def _inference_forward(x, scale, bias, mean, var, residual, fusion):
+    arrays = (x, scale, bias, mean, var, residual)
+    return _inference(*arrays, fusion), arrays
+
+
+def _inference_backward(fusion, arrays, gradient):
+    x, *_ = arrays
+    then = {"epsilon": fusion.epsilon, "relu": fusion.relu, "pool": fusion.pool}
+    return jax.vjp(partial(normalise, **then, dtype=x.dtype), *arrays)[1](gradient)
+
+
+_inference.defvjp(_inference_forward, _inference_backward)
 
 
 def _nothing(x: jax.Array) -> jax.Array:

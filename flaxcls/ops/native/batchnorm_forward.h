@@ -1,11 +1,11 @@
-// Batch normalisation in training (Ioffe and Szegedy 2015, algorithm 1), and in the same pass over
+// Batch normalisation (Ioffe and Szegedy 2015, algorithms 1 and 2), and in the same pass over
 // memory what often follows it: adding a residual, ReLU, a 2x2 max pool of stride 2.
 //
 // Of a map x (pixels, C): mean and variance of each channel, then for each pixel
 //     z = (x - mean) * slope + offset,    slope = scale / sqrt(variance + epsilon),
 // and with the gradient d of z that of x is
 //     dx = slope * (d - mean of d - xhat * mean of (d * xhat)),    xhat = (x - mean) / deviation.
-// Both directions read x twice: once for sums a channel, once for the pixels. Memory is what they
+// In training both directions read x twice: once for sums a channel, once for the pixels. Memory is what they
 // wait for, so whatever is done to a number between its load and its store is free.
 #pragma once
 
@@ -52,10 +52,10 @@ struct BatchNormForwardArrays {
   const float* scale;  // (C,), as all that follow but y and winner
   const float* bias;
   T* y;
-  float* mean;
+  float* mean;       // these three are results in training, and given where it is over
   float* mean_rest;  // the mean is mean + mean_rest: see Normalizer
   float* variance;   // biased
-  uint8_t* winner;   // of each pooled pixel the place of its maximum, or kNoWinner
+  uint8_t* winner;   // of each pooled pixel the place of its maximum, or kNoWinner; or null
 };
 
 // The winner of a pool all of whose inputs ReLU has made zero: no gradient passes.
@@ -206,17 +206,17 @@ void NormalizeAndPool(const MapShape& shape, const Band& band, const Normalizer&
         best = Relu(best);
       }
       Store(arrays.y + pooled + channel, best, lanes);
-      StoreBytes(arrays.winner + pooled + channel, winner, lanes);
+      if (arrays.winner) StoreBytes(arrays.winner + pooled + channel, winner, lanes);
     });
   }
 }
 
+// y from the statistics in `arrays`.
 // parallel.Run(n, f) calls f(0) ... f(n - 1): Tasks, or a plain loop.
 template <class F, class T, class Parallel>
-void BatchNormForward(const MapShape& shape, float epsilon,
-                      const BatchNormForwardArrays<T>& arrays, Parallel& parallel) {
+void Normalize(const MapShape& shape, float epsilon, const BatchNormForwardArrays<T>& arrays,
+               Parallel& parallel) {
   if (shape.channels == 0) return;
-  Statistics(shape, arrays, parallel);
   const FlatMap flat(shape);
   const int64_t width = F::kPool ? shape.channels : flat.width();
   const Normalizer normalize(arrays, shape.channels, width, epsilon);
@@ -232,6 +232,15 @@ void BatchNormForward(const MapShape& shape, float epsilon,
       NormalizeRows<F>(flat, begin, end, normalize, arrays);
     }
   });
+}
+
+// The statistics of x, and y from them.
+template <class F, class T, class Parallel>
+void BatchNormForward(const MapShape& shape, float epsilon,
+                      const BatchNormForwardArrays<T>& arrays, Parallel& parallel) {
+  if (shape.channels == 0) return;
+  Statistics(shape, arrays, parallel);
+  Normalize<F>(shape, epsilon, arrays, parallel);
 }
 
 }  // namespace flaxcls

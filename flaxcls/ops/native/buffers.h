@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <string>
 
 #include "vectors.h"
@@ -19,15 +20,19 @@ bool HaveSize(xla::ffi::DataType type, int64_t elements, Buffers... buffers) {
   return (HasSize(buffers, type, elements) && ...);
 }
 
-// Calls f(T{}) for x of float32 or bfloat16.
+// Calls f(T{}) for x of float32 or bfloat16, and turns what is wrong into XLA's error.
 template <class F>
 xla::ffi::Error WithType(xla::ffi::DataType type, const char* name, const F& f) {
-  if (type == xla::ffi::DataType::F32) {
-    f(float{});
-  } else if (type == xla::ffi::DataType::BF16) {
-    f(BFloat16{});
-  } else {
-    return xla::ffi::Error::InvalidArgument(std::string(name) + ": float32 or bfloat16 only");
+  try {
+    if (type == xla::ffi::DataType::F32) {
+      f(float{});
+    } else if (type == xla::ffi::DataType::BF16) {
+      f(BFloat16{});
+    } else {
+      return xla::ffi::Error::InvalidArgument(std::string(name) + ": float32 or bfloat16 only");
+    }
+  } catch (const std::exception& error) {  // no memory
+    return xla::ffi::Error::Internal(std::string(name) + ": " + error.what());
   }
   return xla::ffi::Error::Success();
 }

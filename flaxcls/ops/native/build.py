@@ -25,6 +25,7 @@ TARGETS: tuple[str, ...] = (
     "conv_input_gradient",
     "conv_kernel_gradient",
     "batch_norm_forward",
+    "batch_norm_inference",
     "batch_norm_backward",
     "max_pool_forward",
     "max_pool_backward",
