@@ -146,16 +146,20 @@ def _compiles_with_cpu_options() -> bool:
 
 
 def prepare_process() -> str:
-    """Let the C library keep the memory of temporaries, and say what was done in a few words.
+    """Set up JAX and the C library for the CPU, and say what was done in a few words.
 
     XLA:CPU allocates a step's temporaries anew each step, and glibc returns blocks of that size
     to the system each time, so every step pays page faults for all of them: 1.18 s instead of
     0.58 s for vgg13, 32 px, batch 64. The price: freed memory stays with the process until it ends.
+    XLA:CPU allocates the temporaries of a call when it is made, be it that another is still
+    running; so calls run where they are made: 570 MB instead of 770 for that step, and no slower.
 
     Call it once, before JAX runs anything: JAX's threads keep the settings they started with.
     """
     if _accelerator_is_present():
         return "allocator left as it is (the temporaries are an accelerator's)"
+    if not _jax_has_started():
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if platform.libc_ver()[0] != "glibc":
         return "allocator left as it is (only glibc's is tuned)"
     if _jax_has_started():
