@@ -303,7 +303,7 @@ def arguments_of(command: Sequence[str]) -> argparse.Namespace:
     add("--ops", type=listed(ops.BACKENDS), help=f"comma-separated, of {', '.join(ops.BACKENDS)}")
     add("--device", choices=("cpu", "cuda"), help="instead of the preset's")
     add("--threads", type=int, default=2, help="cores that each side may use on CPU")
-    add("--rounds", type=int, default=7, help="turns of each side")
+    add("--rounds", type=int, default=5, help="turns of each side")
     add("--seconds", type=float, default=0.3, help="of one turn, about")
     add("--minutes", type=float, help="in which to end")
     add("--without_torch", action="store_true", help="time flaxcls alone")

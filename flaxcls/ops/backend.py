@@ -1,7 +1,6 @@
 """The one place where the implementation of an operator is chosen, and the settings around it."""
 
 import contextlib
-import ctypes
 import functools
 import glob
 import os
@@ -13,6 +12,7 @@ from typing import Literal, cast
 import jax
 
 from flaxcls.errors import InputError, did_you_mean
+from flaxcls.memory import keep_freed_memory
 from flaxcls.ops.native.build import has_compiler, is_compiled, native
 
 BACKENDS = ("auto", "xla", "native", "flax")
@@ -164,15 +164,7 @@ def prepare_process() -> str:
         return "allocator left as it is (only glibc's is tuned)"
     if _jax_has_started():
         return "allocator left as it is (JAX had already started its threads)"
-    mallopt = ctypes.CDLL(None).mallopt
-    largest = 2**31 - 1
-    settings = (
-        (-8, 1),  # M_ARENA_MAX: one heap, which all threads reuse
-        (-4, 0),  # M_MMAP_MAX: no block is mapped, and unmapped, by itself
-        (-1, largest),  # M_TRIM_THRESHOLD: the heap's end is not given back
-        (-2, 64 * 2**20),  # M_TOP_PAD: the heap grows by 64 MB at a time
-    )
-    if not all(mallopt(parameter, value) for parameter, value in settings):
+    if not keep_freed_memory():
         return "allocator left in part as it is (glibc refused a setting)"
     return "glibc keeps freed memory for reuse (mallopt)"
 
