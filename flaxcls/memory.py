@@ -1,8 +1,6 @@
 """How much memory there is, and how much a run took at most."""
 
-import ctypes
 import os
-import platform
 from pathlib import Path
 
 import jax
@@ -34,24 +32,6 @@ def peak_memory() -> int | None:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) if peaks else _peak_host_bytes()
-
-
-def keep_freed_memory() -> bool:
-    """Lets glibc keep what is freed for reuse; of another C library it leaves all as it is.
-
-    Returns:
-      Whether the C library took all settings. Threads that run already may keep theirs.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    settings = (
-        (-8, 1),  # M_ARENA_MAX: one heap, which all threads reuse
-        (-4, 0),  # M_MMAP_MAX: no block is mapped, and unmapped, by itself
-        (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: the heap's end is not given back
-        (-2, 64 * 2**20),  # M_TOP_PAD: the heap grows by 64 MB at a time
-    )
-    return all([mallopt(parameter, value) for parameter, value in settings])
 
 
 def describe_bytes(count: int) -> str:

@@ -310,13 +310,12 @@ class Loop:
         self.progress.start(epoch, "train", step=self.step % steps_per_epoch)
         while self.step < epoch * steps_per_epoch:
             count, batch = self._next(batches, clock)
-            first_call = count not in self._steps
-            called = time.monotonic()
+            first_call, compiled = count not in self._steps, compile_seconds()
             self.state, self.metrics, totals = self._step_function(count)(
                 self.state, self.metrics, batch, resident
             )
             if first_call:
-                seconds = time.monotonic() - called
+                seconds = compile_seconds() - compiled
                 clock.began += seconds
                 jax.block_until_ready(totals)
                 self.progress.note(

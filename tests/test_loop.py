@@ -129,6 +129,30 @@ def test_an_epoch_fetches_its_metrics_alone_sends_nothing_unasked_and_compiles_n
     assert watch.compiled_after_first_epoch == []
 
 
+def test_of_the_first_call_only_compilation_is_left_out_of_the_epoch(tmp_path, monkeypatch, loops):
+    """On CPU the first call returns after the step, or after the many that it takes."""
+    clock = SimpleNamespace(now=0.0, compiled=0.0)
+    step_function = train.Loop._step_function
+
+    def slow(this, count):
+        step = step_function(this, count)
+
+        def call(*arguments):
+            clock.now += 1
+            clock.compiled = 0.25
+            return step(*arguments)
+
+        return call
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(train, "compile_seconds", lambda: clock.compiled)
+    monkeypatch.setattr(train.Loop, "_step_function", slow)
+    run(lenet(log__every_seconds=1e6, data__placement="device"), tmp_path)
+    first, second, _ = (r["seconds"] for r in loops[0].history if r["split"] == "train")
+    assert first == second - 0.25
+    assert second == loops[0].experiment.order.steps_per_epoch
+
+
 def test_the_progress_bar_fetches_once_every_so_many_seconds(tmp_path, monkeypatch, loops):
     watch = Watch(monkeypatch)
     seconds = [0.0]

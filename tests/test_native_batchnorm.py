@@ -356,6 +356,16 @@ def test_where_the_module_is_native(backend, dtype, train, native):
     assert jaxpr.count("flaxcls_") == native
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_statistics_of_another_dtype_are_not_taken_for_float32(dtype, x64):
+    layer, x = ops.BatchNorm(dtype="bfloat16"), jnp.ones((4, 4, 4, 8), "bfloat16")
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    y = layer.apply(cast, x, use_running_average=True)
+    assert y.dtype == "bfloat16"
+    assert_close(y, np.ones(x.shape), "bfloat16")
+
+
 def test_over_several_devices_nothing_is_native(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     layer, x = ops.BatchNorm(), jnp.zeros((4, 4, 4, 8))

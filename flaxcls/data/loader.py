@@ -31,7 +31,7 @@ from flaxcls.data.decode import ImageSpec, count_cores, decode, in_threads
 from flaxcls.data.shared_images import SharedImages, share_images
 from flaxcls.data.splits import draw_order
 from flaxcls.errors import InputError
-from flaxcls.memory import keep_freed_memory
+from flaxcls.ops.allocator import is_tunable, keep_freed_memory
 from flaxcls.sharding import put_batch, put_replicated
 from flaxcls.step import Resident
 
@@ -326,7 +326,8 @@ def _begin_work(worker: int, workers: int) -> None:
     global _worker
     del workers
     _worker = worker
-    keep_freed_memory()  # each image takes some blocks that glibc would map and unmap
+    if is_tunable():
+        keep_freed_memory()  # each image takes some blocks that glibc would map and unmap
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
 
 

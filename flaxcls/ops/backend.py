@@ -4,7 +4,6 @@ import contextlib
 import functools
 import glob
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from typing import Literal, cast
@@ -12,7 +11,7 @@ from typing import Literal, cast
 import jax
 
 from flaxcls.errors import InputError, did_you_mean
-from flaxcls.memory import keep_freed_memory
+from flaxcls.ops.allocator import is_tunable, keep_freed_memory
 from flaxcls.ops.native.build import has_compiler, is_compiled, native
 
 BACKENDS = ("auto", "xla", "native", "flax")
@@ -158,9 +157,9 @@ def prepare_process() -> str:
     """
     if _accelerator_is_present():
         return "allocator left as it is (the temporaries are an accelerator's)"
-    if not _jax_has_started():
+    if not _jax_has_started() and "JAX_CPU_ENABLE_ASYNC_DISPATCH" not in os.environ:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if platform.libc_ver()[0] != "glibc":
+    if not is_tunable():
         return "allocator left as it is (only glibc's is tuned)"
     if _jax_has_started():
         return "allocator left as it is (JAX had already started its threads)"

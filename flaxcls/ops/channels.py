@@ -1,5 +1,7 @@
 """Means over everything but the channels, and their transpose, in the form the device runs fast."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -16,8 +18,9 @@ def channel_mean(x: jax.Array) -> jax.Array:
     if implementation() != "cpu":
         return x.mean(tuple(range(x.ndim - 1)))
     n, c = x.shape[0], x.shape[-1]
-    over_examples = jnp.ones((1, n), x.dtype) @ x.reshape(n, -1)
-    return over_examples.reshape(-1, c).sum(0) / (x.size // c)
+    pixels = math.prod(x.shape[1:-1])
+    over_examples = jnp.ones((1, n), x.dtype) @ x.reshape(n, pixels * c)
+    return over_examples.reshape(pixels, c).sum(0) / (n * pixels)
 
 
 def spread(channels: jax.Array, x: jax.Array) -> jax.Array:
@@ -29,5 +32,6 @@ def spread(channels: jax.Array, x: jax.Array) -> jax.Array:
     if implementation() != "cpu":
         return channels
     n, c = x.shape[0], x.shape[-1]
-    example = jnp.broadcast_to(channels, (x.size // n // c, c)).reshape(1, -1)
+    pixels = math.prod(x.shape[1:-1])
+    example = jnp.broadcast_to(channels, (pixels, c)).reshape(1, pixels * c)
     return (jnp.ones((n, 1), channels.dtype) @ example).reshape(x.shape)

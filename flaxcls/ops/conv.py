@@ -1,5 +1,6 @@
 """2-D convolution, NHWC by HWIO."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -68,10 +69,9 @@ def convolve(
             return _convolve_small_map(x, kernel, windows)
         if x.dtype == jnp.float64:
             return _convolve_patches(x, kernel, strides, padding)
-        if x.shape[-1] <= 3 and x.dtype == jnp.float32 and _is_stride_1(kernel, strides):
-            return _convolve_few_channels(
-                x, kernel, sides(x.shape[1:3], kernel.shape[:2], strides, padding)
-            )
+        around = sides(x.shape[1:3], kernel.shape[:2], strides, padding)
+        if x.dtype == jnp.float32 and _shares_windows(x, kernel, strides, around):
+            return _convolve_few_channels(x, kernel, around)
     return _convolve_plain(x, kernel, strides, padding)
 
 
@@ -131,7 +131,9 @@ def _convolve_small_map(x: jax.Array, kernel: jax.Array, windows: list[list[_Win
     def output(window: _Window) -> jax.Array:
         seen, part = window
         pixels = x[:, *seen]
-        return pixels.reshape(len(x), -1) @ kernel[part].reshape(-1, kernel.shape[-1])
+        return pixels.reshape(len(x), math.prod(pixels.shape[1:])) @ kernel[part].reshape(
+            -1, kernel.shape[-1]
+        )
 
     return jnp.stack([jnp.stack([output(w) for w in row], axis=1) for row in windows], axis=1)
 
@@ -149,8 +151,26 @@ def _convolve_patches(
     return jnp.concatenate(slices, axis=-1) @ kernel.reshape(-1, features)
 
 
-def _is_stride_1(kernel: jax.Array, strides: tuple[int, int]) -> bool:
-    return tuple(strides) == (1, 1) and kernel.shape[1] > 1
+# Of the windows that `_convolve_few_channels` writes down, in numbers: 64 MB.
+_MOST_SHARED = 2**24
+
+
+def _shares_windows(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Sides
+) -> bool:
+    """Whether `_convolve_few_channels` takes the convolution: few channels, a step of 1, no more
+    memory than it is worth, and padding that adds."""
+    n, h, w, c = x.shape
+    rows, columns, _, _ = kernel.shape
+    together = _together(c)
+    written = n * h * (w / together) * rows * (together + columns - 1) * c
+    adds = min(min(pair) for pair in padding) >= 0
+    return c <= 3 and tuple(strides) == (1, 1) and columns > 1 and adds and written <= _MOST_SHARED
+
+
+def _together(channels: int) -> int:
+    """How many outputs share a window."""
+    return 4 if channels == 1 else 2
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -163,7 +183,7 @@ def _convolve_few_channels(x: jax.Array, kernel: jax.Array, padding: Sides) -> j
     0.9 ms for 1.9; 3x3 of 32x128x128x3 to 9: 10 ms for 18. Its derivatives are the convolution's,
     which are the faster ones: 0.8 ms for 3.7 and 9 for 24.
     """
-    together = 4 if x.shape[-1] == 1 else 2
+    together = _together(x.shape[-1])
     (top, bottom), (left, right) = padding
     n, h, w, c = x.shape
     rows, columns, _, features = kernel.shape

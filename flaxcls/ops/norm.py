@@ -1,5 +1,6 @@
 """Batch normalisation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -77,10 +78,11 @@ class BatchNorm(nn.Module):
                 running.value = moved.astype(running.value.dtype)
 
         then: dict[str, Any] = {"residual": residual, "relu": relu, "pool": pool}
-        if _native_takes(x, scale, bias, residual, dtype):
+        channels = (scale, bias, running_mean.value, running_var.value)
+        if _native_takes(x, channels, residual, dtype):
             scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
             if use_running_average:
-                mean, var = running_mean.value, running_var.value
+                mean, var = (s.value.astype(jnp.float32) for s in (running_mean, running_var))
                 return batch_norm_inference(x, scale, bias, mean, var, self.epsilon, **then)
             y, mean, var = batch_norm(x, scale, bias, self.epsilon, **then)
             move_running(mean, var)
@@ -94,10 +96,10 @@ class BatchNorm(nn.Module):
 
 
 def _native_takes(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, residual: jax.Array | None, dtype: Any
+    x: jax.Array, channels: Sequence[jax.Array], residual: jax.Array | None, dtype: Any
 ) -> bool:
     """Whether the native operators compute what is asked for; `dtype` is the result's."""
-    narrow = all(jnp.promote_types(p.dtype, jnp.float32) == jnp.float32 for p in (scale, bias))
+    narrow = all(jnp.promote_types(p.dtype, jnp.float32) == jnp.float32 for p in channels)
     same = residual is None or (residual.dtype, residual.shape) == (x.dtype, x.shape)
     known = x.dtype == dtype and x.dtype in (jnp.float32, jnp.bfloat16)
     return x.ndim > 1 and known and narrow and same and use_native()
