@@ -61,9 +61,11 @@ case $part in
 1)
     minutes=6.5
     [[ -z ${FASHION_MNIST:-} ]] || minutes=4.5
-    throughput 1 --models=$small --modes=train --minutes=$minutes "${@}"
-    scaling "${@}"
-    [[ -z ${FASHION_MNIST:-} ]] || time_to_accuracy
+    failed=0  # what one of them finds does not keep the others from running
+    throughput 1 --models=$small --modes=train --minutes=$minutes "${@}" || failed=$?
+    scaling "${@}" || failed=$?
+    [[ -z ${FASHION_MNIST:-} ]] || time_to_accuracy || failed=$?
+    exit $failed
     ;;
 2) throughput 2 --models=$large --modes=train --dtype=bfloat16 --minutes=7.5 "${@}" ;;
 3)

@@ -9,6 +9,9 @@ one that users run: it shuffles, logs, writes TensorBoard events and a checkpoin
 round of it is timed from its call to its return, the writing of the last checkpoint included and
 validation left out. The bare step is compiled from the same recipe and takes the same batch, which
 stays on the device, again and again. Rounds of both alternate, since the machine's speed drifts.
+With `device` placement the images lie on the device and are gathered in the step; with `host` they
+are gathered before it and sent there. Returns 1 where the loop reaches less than 97 % (`device`) or
+93 % (`host`).
 """
 
 import argparse
@@ -41,7 +44,7 @@ from flaxcls.sharding import put_batch, replicated  # noqa: E402
 from flaxcls.step import compile_train_step  # noqa: E402
 from flaxcls.train import Loop, StopRequest  # noqa: E402
 
-TARGET = 0.9
+TARGETS = {"device": 0.97, "host": 0.93}
 
 
 class Rounds(Loop):
@@ -111,7 +114,9 @@ def write_noise(path: Path, size: int) -> None:
     )
 
 
-def experiment_config(path: str | None, noise: Path, images: int, batch_size: int) -> ConfigDict:
+def experiment_config(
+    path: str | None, noise: Path, images: int, batch_size: int, placement: str
+) -> ConfigDict:
     """Returns the config of `fashion_net0` on Fashion-MNIST, or on the images of noise."""
     c = fashion_net0.get_config("fashion_mnist")
     c.data.path = path
@@ -119,6 +124,7 @@ def experiment_config(path: str | None, noise: Path, images: int, batch_size: in
     if path is None:
         c.data.max_per_class = 0
         c.data.source, c.data.name, c.data.path = "npz", None, str(noise)
+    c.data.placement = placement
     c.train.batch_size = batch_size
     c.train.epochs = 10_000
     return config.resolve(c)[0]
@@ -165,13 +171,14 @@ def measure(c: ConfigDict, folder: Path, epochs: int, seconds: float) -> dict[st
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table of medians."""
     lines = [
-        "| batch | bare step, images/s | within an epoch | whole loop | loop / bare |",
-        "|---|---|---|---|---|",
+        "| placement | batch | bare step, images/s | within an epoch | whole loop | loop / bare |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         bare, within, loop = (statistics.median(row[k]) for k in ("bare", "within_epochs", "loop"))
         lines.append(
-            f"| {row['batch_size']} | {bare:.0f} | {within:.0f} | {loop:.0f} | {row['ratio']:.3f} |"
+            f"| {row['placement']} | {row['batch_size']} | {bare:.0f} | {within:.0f} "
+            f"| {loop:.0f} | {row['ratio']:.3f} |"
         )
     return "\n".join(lines)
 
@@ -180,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--path", help="folder of Fashion-MNIST; else images of noise")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--placements", nargs="+", default=[*TARGETS], choices=TARGETS)
     parser.add_argument("--images", type=int, default=25_600, help="in an epoch, about")
     parser.add_argument("--epochs", type=int, default=2, help="in one round of the loop")
     parser.add_argument("--seconds", type=float, default=40, help="of rounds, each batch size")
@@ -193,11 +201,12 @@ def main() -> None:
             write_noise(noise, arguments.images)
         rows = [
             measure(
-                experiment_config(arguments.path, noise, arguments.images, batch_size),
-                Path(temporary) / str(batch_size),
+                experiment_config(arguments.path, noise, arguments.images, batch_size, placement),
+                Path(temporary) / f"{placement}-{batch_size}",
                 arguments.epochs,
                 arguments.seconds,
             )
+            for placement in arguments.placements
             for batch_size in arguments.batch_sizes
         ]
     print(table(rows))
@@ -210,7 +219,7 @@ def main() -> None:
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    sys.exit(0 if all(row["ratio"] >= TARGET for row in rows) else 1)
+    sys.exit(0 if all(row["ratio"] >= TARGETS[row["placement"]] for row in rows) else 1)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class TorchSide:
 
     def ceiling(self, size: int) -> dict[str, float]:
         """The device's speed: multiply-adds of a square matmul, and bytes read and written."""
-        x = torch.ones(size, size, dtype=getattr(torch, self.task["dtype"]), device=self.device)
+        x = torch.randn(size, size, dtype=getattr(torch, self.task["dtype"]), device=self.device)
         big = torch.ones(64 * 2**20, device=self.device)
         other = torch.empty_like(big)
         return {
