@@ -212,6 +212,10 @@ def main() -> None:
     print(table(rows))
     if arguments.json is not None:
         options = " --path=DIR" if arguments.path else ""
+        for name in ("batch_sizes", "placements", "images", "epochs", "seconds"):
+            if (value := getattr(arguments, name)) != parser.get_default(name):
+                words = map(str, value) if isinstance(value, list) else [f"{value:g}"]
+                options += f" --{name} {' '.join(words)}"
         result = {
             "command": f"python benchmarks/loop_overhead.py{options}",
             "machine": about,
