@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from native_operators import assert_equal, in_two_threads, needs_native
 
 from flaxcls import ops
+from flaxcls.ops.backend import use_native
+from flaxcls.ops.native import pooling
 from flaxcls.sharding import DATA_AXIS, create_mesh, put_replicated
 
 pytestmark = needs_native
@@ -29,7 +31,9 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = ops.Conv(x.shape[-1], (3, 3), use_bias=False, name="conv")(x)
         y = ops.BatchNorm(name="norm")(y, False, residual=x, relu=True)
-        return ops.max_pool(y, (3, 3), (1, 1), "SAME")
+        # In float32 `ops.max_pool` takes XLA's form, which is as fast.
+        max_pool = pooling.max_pool if use_native() else ops.max_pool
+        return max_pool(y, (3, 3), (1, 1), "SAME")
 
 
 def apply(block, variables, x):
