@@ -151,7 +151,7 @@ def prepare_process() -> str:
     to the system each time, so every step pays page faults for all of them: 1.18 s instead of
     0.58 s for vgg13, 32 px, batch 64. The price: freed memory stays with the process until it ends.
     XLA:CPU allocates the temporaries of a call when it is made, be it that another is still
-    running; so calls run where they are made: 570 MB instead of 770 for that step, and no slower.
+    running; so calls run where they are made: 570 MB instead of 770 for that step.
 
     Call it once, before JAX runs anything: JAX's threads keep the settings they started with.
     """
