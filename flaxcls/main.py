@@ -258,6 +258,8 @@ def _override(config: ConfigDict, arguments: list[str]) -> None:
             raise InputError(f"{error}; keys are written --config.GROUP.KEY=VALUE") from error
         path, value = illegal.groups()
         kind = config_module.KINDS[config_module.key_types()[path]]
+        if config_module.ELEMENTS.get(path) is str:
+            kind = "a tuple of texts; give the flag once for each, or all as ('a', 'b') in quotes"
         raise InputError(f"--config.{path}: {value!r} is not {kind}") from error
     if unexpected:
         raise InputError(f"unexpected argument {unexpected[0]!r}; flags are written --name=value")

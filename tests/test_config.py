@@ -248,6 +248,14 @@ def test_any_option_of_a_model_can_be_given_by_its_name(tmp_path, options, taken
     assert model_options_of(config.load(tmp_path / "config.json")) == model_options_of(c)
 
 
+def test_several_texts_in_one_flag_get_the_form_that_works():
+    said = "'a=1,b=2' is not a tuple of texts; give the flag once for each, or all as"
+    with pytest.raises(InputError, match=said):
+        parsed("--config=vgg13", "--config.model.options=a=1,b=2")
+    c, _ = parsed("--config=vgg13", "--config.model.options=('a=1', 'b=2')")
+    assert c.model.options == ("a=1", "b=2")
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
