@@ -157,7 +157,11 @@ def test_any_shape_is_right_by_every_algorithm(seed, algorithm):
     check(*random_shape(seed), algorithm=algorithm)
 
 
-@pytest.mark.parametrize("algorithm", [Algorithm.WINOGRAD_2, Algorithm.WINOGRAD_4])
+# F(2x2, 3x3), F(4x4, 3x3) and F(2x2, 5x5).
+WINOGRAD = [(Algorithm.WINOGRAD_2, 3), (Algorithm.WINOGRAD_4, 3), (Algorithm.WINOGRAD_2, 5)]
+
+
+@pytest.mark.parametrize(("algorithm", "taps"), WINOGRAD)
 @pytest.mark.parametrize(
     ("channels", "features"),
     [(1, 16), (3, 5), (16, 16), (17, 130), (64, 64), (130, 48), (192, 130)],
@@ -172,14 +176,18 @@ def test_any_shape_is_right_by_every_algorithm(seed, algorithm):
         (2, (6, 7), ((0, 3), (2, 1))),
     ],
 )
-def test_winograd_is_right(n, size, padding, channels, features, algorithm):
-    check(n, size, channels, features, (3, 3), (1, 1), padding, algorithm=algorithm)
+def test_winograd_is_right(n, size, padding, channels, features, algorithm, taps):
+    if taps == 5:  # as many outputs: a pixel more on each side
+        padding = tuple((before + 1, after + 1) for before, after in padding)
+    check(n, size, channels, features, (taps, taps), (1, 1), padding, algorithm=algorithm)
 
 
-def test_winograd_is_right_over_many_tiles():
-    for algorithm in (Algorithm.WINOGRAD_2, Algorithm.WINOGRAD_4):
-        check(8, (28, 28), 32, 16, (3, 3), (1, 1), (same(3), same(3)), algorithm=algorithm)
-        check(8, (16, 16), 160, 112, (3, 3), (1, 1), (same(3), same(3)), algorithm=algorithm)
+@pytest.mark.parametrize(("algorithm", "taps"), WINOGRAD)
+def test_winograd_is_right_over_many_tiles(algorithm, taps):
+    kernel, around = (taps, taps), (same(taps), same(taps))
+    check(8, (28, 28), 32, 16, kernel, (1, 1), around, algorithm=algorithm)
+    check(8, (16, 16), 160, 112, kernel, (1, 1), around, algorithm=algorithm)
+    check(64, (14, 14), 32, 64, kernel, (1, 1), around, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
@@ -374,7 +382,11 @@ def test_the_choice_of_an_algorithm():
     assert algorithms(few, square) == 3 * [Algorithm.WINOGRAD_2]
     assert algorithms((64, 2, 2, 64), square) == 3 * [Algorithm.SMALL_MAPS]
     assert algorithms((64, 4, 4, 64), (5, 5, 64, 64)) == 3 * [Algorithm.SMALL_MAPS]
-    assert algorithms(many, (5, 5, 64, 64)) == 3 * [Algorithm.DIRECT]
+    assert algorithms(many, (5, 5, 64, 64)) == 3 * [Algorithm.WINOGRAD_2]
+    assert algorithms(many, (5, 5, 64, 64), precision="high") == 3 * [Algorithm.DIRECT]
+    assert algorithms(few, (5, 5, 64, 64)) == 3 * [Algorithm.DIRECT]
+    assert algorithms(many, (5, 5, 64, 64), strides=(2, 2)) == 3 * [Algorithm.DIRECT]
+    assert algorithms(many, (7, 7, 64, 64)) == 3 * [Algorithm.DIRECT]
     assert algorithms(many, square, strides=(2, 2)) == 3 * [Algorithm.DIRECT]
     first = algorithms((64, 32, 32, 3), (3, 3, 3, 64))
     assert first == [Algorithm.DIRECT, Algorithm.WINOGRAD_4, Algorithm.DIRECT]

@@ -44,7 +44,9 @@ struct ConvolutionCall {
       case Algorithm::kSmallMaps: break;
       case Algorithm::kWinograd2:
       case Algorithm::kWinograd4:
-        if (!SuitsWinograd(geometry)) wrong = "Winograd is for 3x3 kernels and strides of 1";
+        if (!SuitsWinograd(geometry, algorithm)) {
+          wrong = "Winograd is for strides of 1 and kernels of 3x3, 2 also for 5x5";
+        }
         break;
       default: wrong = "algorithm must be 0 (direct), 1 (small maps), 2 or 4 (Winograd)";
     }

@@ -21,7 +21,7 @@ class Algorithm(IntEnum):
 
     DIRECT = 0
     SMALL_MAPS = 1  # taps that fall outside the map are left out: tiles of pixels of several images
-    WINOGRAD_2 = 2  # F(2x2, 3x3): 2.25 times fewer multiplications
+    WINOGRAD_2 = 2  # F(2x2, 3x3): 2.25 times fewer multiplications; F(2x2, 5x5): 2.8 times
     WINOGRAD_4 = 4  # F(4x4, 3x3): 4 times fewer; errors of 1e-5 instead of 1e-6
 
 
@@ -33,7 +33,7 @@ class Pass(NamedTuple):
       size: height and width of the maps that the pass writes, or, for the kernel's gradient, of
         the outputs.
       inputs: channels that the pass reads, of a group.
-      winograd: whether the kernel is 3x3 and the strides are 1.
+      taps: 3 or 5 where the kernel has so many a side and the strides are 1, else 0.
       pixels: of the smaller of the two maps.
       inside: share of the kernel's taps, over all outputs, that do not fall on padding.
     """
@@ -41,7 +41,7 @@ class Pass(NamedTuple):
     images: int
     size: tuple[int, int]
     inputs: int
-    winograd: bool
+    taps: int
     pixels: int
     inside: float
 
@@ -63,19 +63,25 @@ class Rule(NamedTuple):
 # The first rule that applies decides. Times are of one Zen 4 core, forward; gradients are alike.
 RULES = (
     Rule(
+        Algorithm.WINOGRAD_2,
+        lambda p: p.taps == 5 and p.inputs >= 16 and p.pixels > 16 and p.tiles > 8,
+        "5x5, 96 to 192 channels, 64 maps of 11x11: 20 ms, direct 32; 64 to 64, 14x14: 5.6 and "
+        "11.8; 6 to 16, 12x12: direct leads; one map of 8x8: 0.13 and 0.10; maps of 4x4: as below",
+    ),
+    Rule(
         Algorithm.SMALL_MAPS,
-        lambda p: p.winograd and p.pixels <= 4 and p.images >= 6,
+        lambda p: p.taps == 3 and p.pixels <= 4 and p.images >= 6,
         "512 to 512 channels, 64 maps of 2x2: 8 ms, F2 10, direct 14, F4 20; 3x3: F4 leads",
     ),
     Rule(
         Algorithm.SMALL_MAPS,
-        lambda p: not p.winograd and p.pixels <= 64 and p.inside < 0.85 and p.images >= 6,
+        lambda p: p.taps != 3 and p.pixels <= 64 and p.inside < 0.85 and p.images >= 6,
         "5x5, 64 to 64 channels, 64 maps of 4x4: 1.0 ms, direct 1.9; 7x7: 4.3 and 6.1; "
         "3x3 from 8x8 to 4x4, 128 to 256, 32 maps: 2.5 and 2.9",
     ),
     Rule(
         Algorithm.DIRECT,
-        lambda p: not p.winograd,
+        lambda p: p.taps != 3,
         "1x1, 5x5, 7x7 and strides from 16 channels on: 85 to 110 GFLOP/s of 110",
     ),
     Rule(
@@ -100,12 +106,14 @@ forced: Algorithm | None = None
 
 
 def choose(each: Pass, precision: Precision) -> Algorithm:
-    """The algorithm of a pass; `high` precision keeps F(4x4, 3x3) out."""
+    """The algorithm of a pass; `high` precision keeps those of six points a side out."""
     if forced is not None:
         return forced
     chosen = next(rule.algorithm for rule in RULES if rule.applies(each))
     if precision == "high" and chosen is Algorithm.WINOGRAD_4:
         return Algorithm.WINOGRAD_2
+    if precision == "high" and chosen is Algorithm.WINOGRAD_2 and each.taps == 5:
+        return Algorithm.DIRECT
     return chosen
 
 
@@ -211,7 +219,7 @@ def _pass(x: Dims, kernel: Dims, y: Dims, settings: _Settings) -> Pass:
         images=x[0],
         size=(y[1], y[2]),
         inputs=kernel[2],
-        winograd=kernel[:2] == (3, 3) and settings.strides == (1, 1),
+        taps=kernel[0] if kernel[:2] in ((3, 3), (5, 5)) and settings.strides == (1, 1) else 0,
         pixels=min(x[1] * x[2], y[1] * y[2]),
         inside=inside,
     )

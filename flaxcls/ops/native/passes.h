@@ -12,6 +12,7 @@
 
 namespace flaxcls {
 
+// kWinograd2 computes 2x2 outputs at once of a 3x3 kernel or of a 5x5 one, kWinograd4 4x4 of a 3x3.
 enum class Algorithm : int64_t { kDirect = 0, kSmallMaps = 1, kWinograd2 = 2, kWinograd4 = 4 };
 
 // x (n, h, w, c) by a kernel (kernel_h, kernel_w, c / groups, o) to y (n, out_h, out_w, o).
@@ -24,8 +25,10 @@ struct Geometry {
   int64_t groups;
 };
 
-inline bool SuitsWinograd(const Geometry& g) {
-  return g.kernel_h == 3 && g.kernel_w == 3 && g.stride_h == 1 && g.stride_w == 1;
+inline bool SuitsWinograd(const Geometry& g, Algorithm algorithm) {
+  const bool five = algorithm == Algorithm::kWinograd2 && g.kernel_h == 5;
+  return g.kernel_h == g.kernel_w && (g.kernel_h == 3 || five) && g.stride_h == 1 &&
+         g.stride_w == 1;
 }
 
 // The channels of one group.
@@ -53,8 +56,10 @@ inline void Convolve(Tasks& tasks, Algorithm algorithm, const Convolution& conv)
   switch (algorithm) {
     case Algorithm::kDirect: return ConvolveDirect(tasks, conv);
     case Algorithm::kSmallMaps: return ConvolveSmallMaps(tasks, conv);
-    case Algorithm::kWinograd2: return ConvolveWinograd<2>(tasks, conv);
-    case Algorithm::kWinograd4: return ConvolveWinograd<4>(tasks, conv);
+    case Algorithm::kWinograd2:
+      return conv.kernel.h == 5 ? ConvolveWinograd<F2x5>(tasks, conv)
+                                : ConvolveWinograd<F2x3>(tasks, conv);
+    case Algorithm::kWinograd4: return ConvolveWinograd<F4x3>(tasks, conv);
   }
 }
 
@@ -131,8 +136,11 @@ inline void ConvKernelGradient(Tasks& tasks, Algorithm algorithm, const Geometry
     switch (algorithm) {
       case Algorithm::kDirect: KernelGradientDirect(tasks, gradient); break;
       case Algorithm::kSmallMaps: KernelGradientSmallMaps(tasks, gradient); break;
-      case Algorithm::kWinograd2: KernelGradientWinograd<2>(tasks, gradient); break;
-      case Algorithm::kWinograd4: KernelGradientWinograd<4>(tasks, gradient); break;
+      case Algorithm::kWinograd2:
+        gradient.kernel.h == 5 ? KernelGradientWinograd<F2x5>(tasks, gradient)
+                               : KernelGradientWinograd<F2x3>(tasks, gradient);
+        break;
+      case Algorithm::kWinograd4: KernelGradientWinograd<F4x3>(tasks, gradient); break;
     }
   }
 }

@@ -135,17 +135,13 @@ struct OuterProduct {
   bool add;          // to what `sums` holds
 };
 
+// What the products add up to is added to `sums` last: a sum of sums loses fewer digits than one of
+// all products (the kernel's gradient by F(2x2, 5x5) over 3136 tiles: 1.0e-5 becomes
+// 2.1e-6).
 template <int kRows, int kVectors>
 __attribute__((noinline)) void OuterTile(const OuterProduct& p) {
-  Vector sums[kRows][kVectors];
+  Vector sums[kRows][kVectors] = {};
   const int64_t edge = (kVectors - 1) * kLanes;
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const float* row = p.sums + r * p.sums_row;
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors - 1; ++v) sums[r][v] = p.add ? Load(row + v * kLanes) : Vector{};
-    sums[r][kVectors - 1] = p.add ? LoadFirst(row + edge, p.last) : Vector{};
-  }
   for (int64_t i = 0; i < p.count; ++i) {
     const float* x = p.x + p.x_offsets[i];
     const float* y = p.y + p.y_offsets[i];
@@ -163,6 +159,11 @@ __attribute__((noinline)) void OuterTile(const OuterProduct& p) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     float* row = p.sums + r * p.sums_row;
+    if (p.add) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors - 1; ++v) sums[r][v] += Load(row + v * kLanes);
+      sums[r][kVectors - 1] += LoadFirst(row + edge, p.last);
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors - 1; ++v) Store(row + v * kLanes, sums[r][v]);
     StoreFirst(row + edge, sums[r][kVectors - 1], p.last);

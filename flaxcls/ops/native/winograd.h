@@ -1,8 +1,9 @@
-// Winograd's convolution for 3x3 kernels and steps of 1: F(m x m, 3 x 3) of Lavin, Gray: Fast
-// Algorithms for Convolutional Neural Networks (2016), https://arxiv.org/abs/1509.09308, computes
-// tiles of m x m outputs with (m + 2)^2 multiplications, not 9 m^2: 2.25 times fewer for m = 2,
-// 4 times for m = 4. With V the transformed inputs, U the transformed kernel and M the transformed
-// outputs, each of the (m + 2)^2 points is a matrix product of its own:
+// Winograd's convolution for 3x3 and 5x5 kernels and steps of 1: F(m x m, r x r) of Lavin, Gray:
+// Fast Algorithms for Convolutional Neural Networks (2016), https://arxiv.org/abs/1509.09308,
+// computes tiles of m x m outputs with (m + r - 1)^2 multiplications, not m^2 r^2: for r = 3 2.25
+// times fewer with m = 2 and 4 times with m = 4, for r = 5 2.8 times with m = 2. With V the
+// transformed inputs, U the transformed kernel and M the transformed outputs, each of the
+// (m + r - 1)^2 points is a matrix product of its own:
 //   M[point] (tiles, outputs) = V[point] (tiles, inputs) @ U[point] (inputs, outputs)
 #pragma once
 
@@ -19,13 +20,15 @@
 namespace flaxcls {
 
 // The 1-D transforms B^T (of inputs), G (of the kernel) and A^T (of products) of the paper, and the
-// transposes of G and A^T, by which gradients run backwards.
-template <int m>
-struct Transform;
+// transposes of G and A^T, by which gradients run backwards, for m outputs and r taps.
+template <int m, int r>
+struct Sizes {
+  static constexpr int kOutputs = m, kTaps = r;
+  static constexpr int kSide = m + r - 1;  // of the inputs of a tile, and of its points
+};
 
 // Points 0, 1, -1 and infinity.
-template <>
-struct Transform<2> {
+struct F2x3 : Sizes<2, 3> {
   static void Input(const Vector* d, Vector* v) {
     v[0] = d[0] - d[2];
     v[1] = d[1] + d[2];
@@ -59,8 +62,9 @@ struct Transform<2> {
 
 // Points 0, a, -a, b, -b and infinity. The paper's a = 1, b = 2 give errors 3 to 4 times larger: of
 // points around 1 in size the powers, and so the sums that cancel, stay small.
-template <>
-struct Transform<4> {
+template <int m, int r>
+struct SixPoints : Sizes<m, r> {
+  static_assert(m + r == 7);
   static constexpr float a = 0.625f, b = 1.5f;  // exact in binary, and so are their powers here
   static constexpr float a2 = a * a, b2 = b * b, a3 = a2 * a, b3 = b2 * b;
   static constexpr float scale_0 = 1 / (a2 * b2);
@@ -77,6 +81,9 @@ struct Transform<4> {
     v[4] = even_b - odd_b;
     v[5] = d[5] + ((a2 * b2) * d[1] - (a2 + b2) * d[3]);
   }
+};
+
+struct F4x3 : SixPoints<4, 3> {
   static void Kernel(const Vector* g, Vector* u) {
     const Vector even_a = scale_a * (g[0] + a2 * g[2]), odd_a = (scale_a * a) * g[1];
     const Vector even_b = scale_b * (g[0] + b2 * g[2]), odd_b = (scale_b * b) * g[1];
@@ -111,6 +118,45 @@ struct Transform<4> {
     p[3] = even_b + odd_b;
     p[4] = even_b - odd_b;
     p[5] = y[3];
+  }
+};
+
+struct F2x5 : SixPoints<2, 5> {
+  static constexpr float a4 = a2 * a2, b4 = b2 * b2;
+
+  static void Kernel(const Vector* g, Vector* u) {
+    const Vector even_a = scale_a * (g[0] + (a2 * g[2] + a4 * g[4]));
+    const Vector even_b = scale_b * (g[0] + (b2 * g[2] + b4 * g[4]));
+    const Vector odd_a = scale_a * (a * g[1] + a3 * g[3]);
+    const Vector odd_b = scale_b * (b * g[1] + b3 * g[3]);
+    u[0] = scale_0 * g[0];
+    u[1] = even_a + odd_a;
+    u[2] = even_a - odd_a;
+    u[3] = even_b + odd_b;
+    u[4] = even_b - odd_b;
+    u[5] = g[4];
+  }
+  static void KernelTransposed(const Vector* u, Vector* g) {
+    const Vector even_a = scale_a * (u[1] + u[2]), odd_a = scale_a * (u[1] - u[2]);
+    const Vector even_b = scale_b * (u[3] + u[4]), odd_b = scale_b * (u[3] - u[4]);
+    g[0] = scale_0 * u[0] + (even_a + even_b);
+    g[1] = a * odd_a + b * odd_b;
+    g[2] = a2 * even_a + b2 * even_b;
+    g[3] = a3 * odd_a + b3 * odd_b;
+    g[4] = a4 * even_a + (b4 * even_b + u[5]);
+  }
+  static void Output(const Vector* p, Vector* y) {
+    y[0] = p[0] + ((p[1] + p[2]) + (p[3] + p[4]));
+    y[1] = a * (p[1] - p[2]) + (b * (p[3] - p[4]) + p[5]);
+  }
+  static void OutputTransposed(const Vector* y, Vector* p) {
+    const Vector odd_a = a * y[1], odd_b = b * y[1];
+    p[0] = y[0];
+    p[1] = y[0] + odd_a;
+    p[2] = y[0] - odd_a;
+    p[3] = y[0] + odd_b;
+    p[4] = y[0] - odd_b;
+    p[5] = y[1];
   }
 };
 
@@ -158,21 +204,23 @@ class Panels {
   int64_t rows_, points_;
 };
 
-// The m x m tiles of the outputs of a convolution.
-template <int m>
+// The square tiles of the outputs of a convolution.
+template <class F>
 struct WinogradTiles {
-  static constexpr int kSide = m + 2;  // of the inputs of a tile, and of its points
-  static constexpr int kPoints = kSide * kSide;
+  static constexpr int kPoints = F::kSide * F::kSide;
 
   explicit WinogradTiles(int64_t n, int64_t out_h, int64_t out_w)
-      : down(CeilDiv(out_h, m)), across(CeilDiv(out_w, m)), count(n * down * across) {}
+      : down(CeilDiv(out_h, F::kOutputs)),
+        across(CeilDiv(out_w, F::kOutputs)),
+        count(n * down * across) {}
 
   struct Place {
     int64_t image, y, x;  // of the first output
   };
   Place At(int64_t tile) const {
     const int64_t in_image = tile % (down * across);
-    return {tile / (down * across), in_image / across * m, in_image % across * m};
+    return {tile / (down * across), in_image / across * F::kOutputs,
+            in_image % across * F::kOutputs};
   }
 
   int64_t down, across, count;
@@ -219,75 +267,76 @@ __attribute__((noinline)) void TransformSquare(const Images<const float>& images
 }
 
 // Tiles [begin, end) to rows [row, row + end - begin) of V.
-template <int m>
+template <class F>
 void TransformInputs(const Images<const float>& in, int64_t top, int64_t left,
-                     const WinogradTiles<m>& tiles, int64_t begin, int64_t end,
+                     const WinogradTiles<F>& tiles, int64_t begin, int64_t end,
                      const std::vector<float>& zeros, const Panels& panels, int64_t row, float* v) {
   for (int64_t tile = begin; tile < end; ++tile, ++row) {
     const auto place = tiles.At(tile);
-    TransformSquare<Transform<m>::Input, m + 2, m + 2>(in, place.image, place.y - top,
+    TransformSquare<F::Input, F::kSide, F::kSide>(in, place.image, place.y - top,
                                                        place.x - left, zeros.data(), panels, row,
                                                        v);
   }
 }
 
 // The gradients of the outputs of tiles [begin, end), to rows from `row` on.
-template <int m>
-void TransformOutputGradients(const Images<const float>& dy, const WinogradTiles<m>& tiles,
+template <class F>
+void TransformOutputGradients(const Images<const float>& dy, const WinogradTiles<F>& tiles,
                               int64_t begin, int64_t end, const std::vector<float>& zeros,
                               const Panels& panels, int64_t row, float* d) {
   for (int64_t tile = begin; tile < end; ++tile, ++row) {
     const auto place = tiles.At(tile);
-    TransformSquare<Transform<m>::OutputTransposed, m, m + 2>(dy, place.image, place.y, place.x,
+    TransformSquare<F::OutputTransposed, F::kOutputs, F::kSide>(dy, place.image, place.y, place.x,
                                                               zeros.data(), panels, row, d);
   }
 }
 
 // kernel[:, :, first : first + count, block of outputs] to `count` rows of U.
-template <int m>
+template <class F>
 __attribute__((noinline)) void TransformKernel(const Kernel<const float>& kernel, int64_t first,
                                                int64_t count, const Blocks& outputs, int64_t block,
                                                int64_t point, float* u) {
   const int64_t width = outputs.width(block);
-  alignas(64) float taps[9][kLanes * kLanes];
+  constexpr int kTaps = F::kTaps;
+  alignas(64) float taps[kTaps * kTaps][kLanes * kLanes];
   for (int64_t in = 0; in < count; in += kLanes) {
     const int64_t rows = std::min<int64_t>(kLanes, count - in);
     for (int64_t v = 0; v < width; v += kLanes) {
-      for (int64_t t = 0; t < 9; ++t) {
-        PackKernel(kernel, t / 3, t % 3, first + in, rows, outputs.first(block) + v, kLanes,
+      for (int64_t t = 0; t < kTaps * kTaps; ++t) {
+        PackKernel(kernel, t / kTaps, t % kTaps, first + in, rows, outputs.first(block) + v, kLanes,
                    taps[t]);
       }
       for (int64_t row = 0; row < rows; ++row) {
         float* to = u + (in + row) * width + v;
-        TwoDimensions<Transform<m>::Kernel, 3, m + 2>(
-            [&](int i, int j) { return Load(taps[i * 3 + j] + row * kLanes); },
-            [&](int i, int j, Vector value) { Store(to + (i * (m + 2) + j) * point, value); });
+        TwoDimensions<F::Kernel, kTaps, F::kSide>(
+            [&](int i, int j) { return Load(taps[i * kTaps + j] + row * kLanes); },
+            [&](int i, int j, Vector value) { Store(to + (i * F::kSide + j) * point, value); });
       }
     }
   }
 }
 
 // Rows of M, one block of outputs, to the outputs of tiles [begin, end).
-template <int m>
+template <class F>
 __attribute__((noinline)) void TransformOutputs(const float* sums, int64_t point,
-                                                const WinogradTiles<m>& tiles, int64_t begin,
+                                                const WinogradTiles<F>& tiles, int64_t begin,
                                                 int64_t end, const Blocks& outputs, int64_t block,
                                                 const Images<float>& out) {
   const int64_t width = outputs.width(block);
   for (int64_t tile = begin; tile < end; ++tile, sums += width) {
     const auto place = tiles.At(tile);
-    const int64_t rows = std::min<int64_t>(m, out.h - place.y);
-    const int64_t columns = std::min<int64_t>(m, out.w - place.x);
+    const int64_t rows = std::min<int64_t>(F::kOutputs, out.h - place.y);
+    const int64_t columns = std::min<int64_t>(F::kOutputs, out.w - place.x);
     float* to = out.At(place.image, place.y, place.x) + outputs.first(block);
     for (int64_t v = 0; v < width; v += kLanes) {
       const int64_t n = v + kLanes < width ? kLanes : outputs.last(block);
-      const auto load = [&](int i, int j) { return Load(sums + (i * (m + 2) + j) * point + v); };
-      if (rows == m && columns == m) {
-        TwoDimensions<Transform<m>::Output, m + 2, m>(load, [&](int i, int j, Vector value) {
+      const auto load = [&](int i, int j) { return Load(sums + (i * F::kSide + j) * point + v); };
+      if (rows == F::kOutputs && columns == F::kOutputs) {
+        TwoDimensions<F::Output, F::kSide, F::kOutputs>(load, [&](int i, int j, Vector value) {
           StoreFirst(to + i * out.row + j * out.pixel + v, value, n);
         });
       } else {
-        TwoDimensions<Transform<m>::Output, m + 2, m>(load, [&](int i, int j, Vector value) {
+        TwoDimensions<F::Output, F::kSide, F::kOutputs>(load, [&](int i, int j, Vector value) {
           if (i < rows && j < columns) StoreFirst(to + i * out.row + j * out.pixel + v, value, n);
         });
       }
@@ -332,9 +381,9 @@ inline int64_t TilesOfGroup(int64_t floats_of_tile) {
 }
 
 // A block of tiles at a time goes through all three steps while it is in cache, as U is too.
-template <int m>
-void ConvolveTileBlocks(Tasks& tasks, const Convolution& conv, const WinogradTiles<m>& tiles) {
-  constexpr int kPoints = WinogradTiles<m>::kPoints;
+template <class F>
+void ConvolveTileBlocks(Tasks& tasks, const Convolution& conv, const WinogradTiles<F>& tiles) {
+  constexpr int kPoints = WinogradTiles<F>::kPoints;
   const Blocks inputs(conv.kernel.inputs), outputs(conv.kernel.outputs);
   const std::vector<float> zeros(inputs.all_width());
 
@@ -342,7 +391,7 @@ void ConvolveTileBlocks(Tasks& tasks, const Convolution& conv, const WinogradTil
   const Scratch kernel(u.floats());
   tasks.Run(outputs.count() * inputs.count(), [&](int64_t i) {
     const int64_t o = i / inputs.count(), c = i % inputs.count();
-    TransformKernel<m>(conv.kernel, inputs.first(c), inputs.channels(c), outputs, o, u.Point(o),
+    TransformKernel<F>(conv.kernel, inputs.first(c), inputs.channels(c), outputs, o, u.Point(o),
                        u.At(kernel.data(), o) + inputs.first(c) * outputs.width(o));
   });
 
@@ -356,7 +405,7 @@ void ConvolveTileBlocks(Tasks& tasks, const Convolution& conv, const WinogradTil
     const Scratch in(v.floats()), products(p.floats());
     for (int64_t b = blocks * task / parts; b < blocks * (task + 1) / parts; ++b) {
       const int64_t begin = tiles.count * b / blocks, end = tiles.count * (b + 1) / blocks;
-      TransformInputs<m>(conv.in, conv.top, conv.left, tiles, begin, end, zeros, v, 0, in.data());
+      TransformInputs<F>(conv.in, conv.top, conv.left, tiles, begin, end, zeros, v, 0, in.data());
       for (int64_t o = 0; o < outputs.count(); ++o) {
         const int64_t width = outputs.width(o);
         for (int64_t point = 0; point < kPoints; ++point) {
@@ -366,16 +415,16 @@ void ConvolveTileBlocks(Tasks& tasks, const Convolution& conv, const WinogradTil
                           end - begin, p.At(products.data(), 0, point), c > 0);
           }
         }
-        TransformOutputs<m>(products.data(), p.Point(0), tiles, begin, end, outputs, o, conv.out);
+        TransformOutputs<F>(products.data(), p.Point(0), tiles, begin, end, outputs, o, conv.out);
       }
     }
   });
 }
 
-// A block of U at a time meets a group of tiles: U, 4 times the kernel for m = 4, is never stored.
-template <int m>
-void ConvolveTileGroups(Tasks& tasks, const Convolution& conv, const WinogradTiles<m>& tiles) {
-  constexpr int kPoints = WinogradTiles<m>::kPoints;
+// A block of U at a time meets a group of tiles: U, 4 times the kernel for F(4, 3), is never stored.
+template <class F>
+void ConvolveTileGroups(Tasks& tasks, const Convolution& conv, const WinogradTiles<F>& tiles) {
+  constexpr int kPoints = WinogradTiles<F>::kPoints;
   const Blocks inputs(conv.kernel.inputs), outputs(conv.kernel.outputs);
   const std::vector<float> zeros(inputs.all_width());
   const int64_t groups = CeilDiv(tiles.count, TilesOfGroup(kPoints * inputs.all_width()));
@@ -385,7 +434,7 @@ void ConvolveTileGroups(Tasks& tasks, const Convolution& conv, const WinogradTil
     const int64_t first = tiles.count * group / groups;
     const int64_t rows = tiles.count * (group + 1) / groups - first;
     tasks.RunParts(rows, 1, [&](int64_t begin, int64_t end) {
-      TransformInputs<m>(conv.in, conv.top, conv.left, tiles, first + begin, first + end, zeros, v,
+      TransformInputs<F>(conv.in, conv.top, conv.left, tiles, first + begin, first + end, zeros, v,
                          begin, in.data());
     });
     const int64_t shares = SharesOfTask(outputs.count(), tasks.threads(), rows / 24);
@@ -396,7 +445,7 @@ void ConvolveTileGroups(Tasks& tasks, const Convolution& conv, const WinogradTil
       const Panels p(Blocks(width), kPoints, end - begin);
       const Scratch kernel(u.floats()), products(p.floats());
       for (int64_t c = 0; c < inputs.count(); ++c) {
-        TransformKernel<m>(conv.kernel, inputs.first(c), inputs.channels(c), outputs, o, u.Point(0),
+        TransformKernel<F>(conv.kernel, inputs.first(c), inputs.channels(c), outputs, o, u.Point(0),
                            kernel.data());
         for (int64_t point = 0; point < kPoints; ++point) {
           MultiplyPoint(v.At(in.data(), c, point) + begin * inputs.width(c), inputs.width(c),
@@ -404,21 +453,21 @@ void ConvolveTileGroups(Tasks& tasks, const Convolution& conv, const WinogradTil
                         p.At(products.data(), 0, point), c > 0);
         }
       }
-      TransformOutputs<m>(products.data(), p.Point(0), tiles, first + begin, first + end, outputs,
+      TransformOutputs<F>(products.data(), p.Point(0), tiles, first + begin, first + end, outputs,
                           o, conv.out);
     });
   }
 }
 
-template <int m>
+template <class F>
 void ConvolveWinograd(Tasks& tasks, const Convolution& conv) {
   if (conv.out.empty()) return;
   if (conv.kernel.inputs == 0) return FillZeros(conv.out);
-  const WinogradTiles<m> tiles(conv.out.n, conv.out.h, conv.out.w);
+  const WinogradTiles<F> tiles(conv.out.n, conv.out.h, conv.out.w);
   if (conv.kernel.inputs * conv.kernel.outputs <= kMostWeightsKept) {
-    ConvolveTileBlocks<m>(tasks, conv, tiles);
+    ConvolveTileBlocks<F>(tasks, conv, tiles);
   } else {
-    ConvolveTileGroups<m>(tasks, conv, tiles);
+    ConvolveTileGroups<F>(tasks, conv, tiles);
   }
 }
 
@@ -451,7 +500,7 @@ inline std::vector<int64_t> Multiples(int64_t of, int64_t count) {
 
 // The gradient of U, `rows` rows from input channel `first` on, to that of the kernel. `sums` are
 // its parts, to be added in this order.
-template <int m>
+template <class F>
 __attribute__((noinline)) void TransformKernelGradient(const std::vector<const float*>& sums,
                                                        int64_t point, int64_t rows, int64_t first,
                                                        const Blocks& outputs, int64_t block,
@@ -460,9 +509,9 @@ __attribute__((noinline)) void TransformKernelGradient(const std::vector<const f
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t v = 0; v < width; v += kLanes) {
       const int64_t n = v + kLanes < width ? kLanes : outputs.last(block);
-      TwoDimensions<Transform<m>::KernelTransposed, m + 2, 3>(
+      TwoDimensions<F::KernelTransposed, F::kSide, F::kTaps>(
           [&](int i, int j) {
-            const int64_t at = (i * (m + 2) + j) * point + row * width + v;
+            const int64_t at = (i * F::kSide + j) * point + row * width + v;
             Vector sum = Load(sums[0] + at);
             for (size_t s = 1; s < sums.size(); ++s) sum += Load(sums[s] + at);
             return sum;
@@ -476,10 +525,10 @@ __attribute__((noinline)) void TransformKernelGradient(const std::vector<const f
 }
 
 // Each thread sums the gradient of all of U, in its cache, over blocks of tiles.
-template <int m>
+template <class F>
 void KernelGradientTileBlocks(Tasks& tasks, const KernelGradient& gradient,
-                              const WinogradTiles<m>& tiles) {
-  constexpr int kPoints = WinogradTiles<m>::kPoints;
+                              const WinogradTiles<F>& tiles) {
+  constexpr int kPoints = WinogradTiles<F>::kPoints;
   const Blocks inputs(gradient.kernel.inputs), outputs(gradient.kernel.outputs);
   const std::vector<float> zeros(std::max(inputs.all_width(), outputs.all_width()));
   const int64_t fit = kTileBlockFloats / (kPoints * (inputs.all_width() + outputs.all_width()));
@@ -496,9 +545,9 @@ void KernelGradientTileBlocks(Tasks& tasks, const KernelGradient& gradient,
     const int64_t first_block = blocks * part / parts;
     for (int64_t b = first_block; b < blocks * (part + 1) / parts; ++b) {
       const int64_t begin = tiles.count * b / blocks, end = tiles.count * (b + 1) / blocks;
-      TransformInputs<m>(gradient.in, gradient.top, gradient.left, tiles, begin, end, zeros, v, 0,
+      TransformInputs<F>(gradient.in, gradient.top, gradient.left, tiles, begin, end, zeros, v, 0,
                          in.data());
-      TransformOutputGradients<m>(gradient.out, tiles, begin, end, zeros, d, 0, dy.data());
+      TransformOutputGradients<F>(gradient.out, tiles, begin, end, zeros, d, 0, dy.data());
       for (int64_t o = 0; o < outputs.count(); ++o) {
         const int64_t width = outputs.width(o);
         const auto dy_offsets = Multiples(width, end - begin);
@@ -521,16 +570,16 @@ void KernelGradientTileBlocks(Tasks& tasks, const KernelGradient& gradient,
       summands.push_back(u.At(sums.data() + part * u.floats(), o) +
                          inputs.first(c) * outputs.width(o));
     }
-    TransformKernelGradient<m>(summands, u.Point(o), inputs.channels(c), inputs.first(c), outputs,
+    TransformKernelGradient<F>(summands, u.Point(o), inputs.channels(c), inputs.first(c), outputs,
                                o, gradient.kernel, false);
   });
 }
 
 // The gradient of U, a block at a time, over a group of tiles; that of the kernel sums the groups.
-template <int m>
+template <class F>
 void KernelGradientTileGroups(Tasks& tasks, const KernelGradient& gradient,
-                              const WinogradTiles<m>& tiles) {
-  constexpr int kPoints = WinogradTiles<m>::kPoints;
+                              const WinogradTiles<F>& tiles) {
+  constexpr int kPoints = WinogradTiles<F>::kPoints;
   const Blocks inputs(gradient.kernel.inputs), outputs(gradient.kernel.outputs);
   const std::vector<float> zeros(std::max(inputs.all_width(), outputs.all_width()));
   const int64_t groups = CeilDiv(
@@ -542,9 +591,9 @@ void KernelGradientTileGroups(Tasks& tasks, const KernelGradient& gradient,
     const int64_t first = tiles.count * group / groups;
     const int64_t rows = tiles.count * (group + 1) / groups - first;
     tasks.RunParts(rows, 1, [&](int64_t begin, int64_t end) {
-      TransformInputs<m>(gradient.in, gradient.top, gradient.left, tiles, first + begin,
+      TransformInputs<F>(gradient.in, gradient.top, gradient.left, tiles, first + begin,
                          first + end, zeros, v, begin, in.data());
-      TransformOutputGradients<m>(gradient.out, tiles, first + begin, first + end, zeros, d, begin,
+      TransformOutputGradients<F>(gradient.out, tiles, first + begin, first + end, zeros, d, begin,
                                   dy.data());
     });
     const int64_t squares = outputs.count() * inputs.count();
@@ -563,21 +612,21 @@ void KernelGradientTileGroups(Tasks& tasks, const KernelGradient& gradient,
         AddPoint(v.At(in.data(), c, point) + begin, in_offsets, channels,
                  d.At(dy.data(), o, point), dy_offsets, width, u.At(sums.data(), 0, point), false);
       }
-      TransformKernelGradient<m>({sums.data()}, u.Point(0), channels, inputs.first(c) + begin,
+      TransformKernelGradient<F>({sums.data()}, u.Point(0), channels, inputs.first(c) + begin,
                                  outputs, o, gradient.kernel, group > 0);
     });
   }
 }
 
-template <int m>
+template <class F>
 void KernelGradientWinograd(Tasks& tasks, const KernelGradient& gradient) {
   if (gradient.kernel.inputs * gradient.kernel.outputs == 0) return;
   if (gradient.out.empty()) return FillZeros(gradient.kernel);
-  const WinogradTiles<m> tiles(gradient.out.n, gradient.out.h, gradient.out.w);
+  const WinogradTiles<F> tiles(gradient.out.n, gradient.out.h, gradient.out.w);
   if (gradient.kernel.inputs * gradient.kernel.outputs <= kMostGradientsKept) {
-    KernelGradientTileBlocks<m>(tasks, gradient, tiles);
+    KernelGradientTileBlocks<F>(tasks, gradient, tiles);
   } else {
-    KernelGradientTileGroups<m>(tasks, gradient, tiles);
+    KernelGradientTileGroups<F>(tasks, gradient, tiles);
   }
 }
 
