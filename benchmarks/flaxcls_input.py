@@ -37,7 +37,7 @@ from flaxcls.sharding import create_mesh  # noqa: E402
 try:
     import cv2
 except ImportError:
-    cv2 = None
+    cv2 = None  # type: ignore[assignment]
 
 EPOCHS = 10**6
 
