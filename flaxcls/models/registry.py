@@ -112,7 +112,8 @@ def create_model(
     known = model_options(name)
     entry = registry[name]
     fields = inspect.signature(entry.factory).parameters
-    of_trunk = {}
+    of_trunk: dict[str, Any] = {}
+    taken: Mapping[str, Any] = {}
     if entry.nested is not None:
         trunk = check("trunk", options.get("trunk", fields["trunk"].default), TEXT)
         _entry(trunk, "model.trunk")
@@ -123,7 +124,8 @@ def create_model(
     for option in options:
         if option not in known:
             raise InputError(
-                f"model.{option}: {name} has no such option; it takes {', '.join(_shown(known))}"
+                f"model.{option}: {name} has no such option; it takes "
+                + ", ".join(_shown(known | dict(taken)))
             )
     checked = {
         option: check_dtype(option, value)
