@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxcls.errors import InputError, is_out_of_memory
 
@@ -170,12 +172,7 @@ class Checkpoints:
         Raises:
           InputError: there is no such step, its arrays have other shapes, or it is damaged.
         """
-        if step not in self.steps():
-            known = ", ".join(map(str, self.steps())) or "none"
-            raise InputError(
-                f"eval.step: '{self.directory}' has no checkpoint of step {step}; choose one of "
-                f"{known}, or 0 for the best"
-            )
+        self._check_step(step)
         self._check_shapes(step, state)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(state),
@@ -184,6 +181,39 @@ class Checkpoints:
         )
         read = self._read(step, lambda: self._manager.restore(step, args=items))
         return Restored(step, read["state"], read["epoch"], read["log"])
+
+    def restore_variables(self, step: int, variables: Any) -> dict[str, Any]:
+        """Reads what evaluation uses of a checkpoint's state, NumPy arrays.
+
+        The optimizer's state, which is as large again or larger, is not read.
+
+        Args:
+          step: of the checkpoint.
+          variables: {"params", "batch_stats"}, their shapes and dtypes.
+
+        Raises:
+          InputError: there is no such step, its arrays have other shapes, or it is damaged.
+        """
+        self._check_step(step)
+        path = self.directory / str(step) / "state"
+        stored = self._read(step, lambda: self._manager.item_metadata(step)["state"].tree)
+        wanted = {key: stored[key] for key in ("params", "batch_stats", "ema") if key in stored}
+        handler = ocp.PyTreeCheckpointer()
+        arguments = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
+            partial_restore=True,
+        )
+        read = self._read(step, lambda: handler.restore(path, args=arguments))
+        averaged = read.get("ema") or {}
+        merged = {
+            "params": unflatten_dict(
+                flatten_dict(read["params"]) | flatten_dict(averaged.get("params", {}))
+            ),
+            "batch_stats": averaged.get("batch_stats", read.get("batch_stats")) or {},
+        }
+        self._compare_shapes(step, _paths(merged), _paths(variables))
+        return merged
 
     def read_log(self, step: int) -> dict[str, Any]:
         """Reads what a checkpoint holds besides arrays.
@@ -209,10 +239,22 @@ class Checkpoints:
                 "restore this folder from a copy, or remove it to do without"
             ) from error
 
+    def _check_step(self, step: int) -> None:
+        if step not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise InputError(
+                f"eval.step: '{self.directory}' has no checkpoint of step {step}; choose one of "
+                f"{known}, or 0 for the best"
+            )
+
     def _check_shapes(self, step: int, state: Any) -> None:
-        """Names the first array whose shape is another than the model's, parameters first."""
         stored = self._read(step, lambda: self._manager.item_metadata(step)["state"].tree)
-        there, wanted = _paths(stored), _paths(state)
+        self._compare_shapes(step, _paths(stored), _paths(state))
+
+    def _compare_shapes(
+        self, step: int, there: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Names the first array whose shape is another than the model's, parameters first."""
         for path in sorted(wanted.keys() | there.keys(), key=lambda p: (p[:6] != "params", p)):
             if there.get(path) != wanted.get(path):
                 a, b = (f"shape {s[path]}" if path in s else "no place" for s in (there, wanted))

@@ -56,23 +56,28 @@ LEAVES = ("errors", "atomic_files", "history", "config")
 
 # The only rooms that import a library which a bare accelerator machine may lack.
 LIBRARIES = {
-    "PIL": {"data"},
+    "PIL": {"data", "analysis", "deploy"},
     "absl": {"data", "main"},
+    "anyio": {"deploy"},
     "clu": {"metrics"},
-    "cv2": {"data"},
+    "cv2": {"deploy"},
     "cykooz_resizer": {"data"},
     "grain": {"data"},
     "huggingface_hub": {"pretrained"},
+    "jinja2": {"analysis", "deploy"},
     "matplotlib": {"analysis.plots", "analysis"},
     "ml_collections": {"config", "experiment", "results", "train", "analysis", "deploy", "main"},
     "orbax": {"checkpoint"},
-    "rich": {"progress", "analysis"},
-    "safetensors": {"pretrained"},
+    "rich": {"progress", "analysis", "deploy"},
+    "safetensors": {"pretrained", "deploy"},
+    "scipy": {"analysis"},
     "simplejpeg": {"data"},
-    "sklearn": {"data", "analysis"},
+    "sklearn": {"data", "analysis", "deploy"},
+    "starlette": {"deploy"},
     "tensorboardX": {"events"},
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
+    "uvicorn": {"deploy"},
 }
 EVERYWHERE = {"flax", "jax", "ml_dtypes", "numpy", "optax"}
 
@@ -82,6 +87,8 @@ IMPORTERS = {"importlib.import_module", "import_module", "__import__"}
 # Imports inside a function, of what takes long and is not needed before the first step:
 # tensorboardX brings PyTorch, plots bring matplotlib.
 LATE = {("events", "tensorboardX"), ("results", "flaxcls.analysis.plots")}
+# Optional libraries: what needs them says which extra to install.
+LATE |= {("deploy.video", "cv2"), ("deploy.app", "flaxcls.deploy.page")}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

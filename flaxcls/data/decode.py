@@ -13,9 +13,11 @@ inside, gives them, in two thirds of the time. What it does not decode without a
 to Pillow: CMYK, damage, whatever is unusual; so is all that is said of a file that is refused.
 """
 
+import contextlib
 import errno
 import io
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +45,12 @@ EXTENSIONS = frozenset(
 # Naming them keeps Pillow from trying plugins that run other programs (EPS starts Ghostscript).
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 LEADS_NOWHERE = "is a link that leads nowhere"
+# Files are read whole before they are decoded; what Pillow decodes at all is smaller in any format.
+_LARGEST_FILE = 2**30
+# One image in threads at a time that is larger than this: it takes 8 bytes a pixel and more.
+_LARGE_PIXELS = 40_000_000
+_large = threading.Lock()
+_STRIP_PIXELS = 1 << 22
 _ORIENTATION_TAG = 0x0112
 # What brings an image (H, W, C) of each EXIF orientation upright.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -57,6 +65,8 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 # They tell of metadata only, EXIF in every format included: what harms the pixels raises an error.
 # Said once for the process, as `warnings.catch_warnings` is not safe in threads.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+# Of images with more than 89 megapixels; those with more than twice as many are refused.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -108,21 +118,51 @@ def decode(
     source: str | os.PathLike[str] | bytes,
     spec: ImageSpec,
     box: Sequence[float] | np.ndarray | None = None,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Read one image: a path, or the bytes of a file.
 
     box: (y0, x0, h, w) relative to the upright image; this part is stretched to the result and the
         spec's own resizing and cropping are left out.
+    change: of what is shown of the image, uint8 (h, w, channels) to the same, before it is padded.
     Returns uint8 (size, size, channels).
     Raises UnreadableImage.
     """
-    try:
-        image = _read(source, spec, box)
-    except Exception as error:  # Pillow's decoders raise anything on corrupt data.
-        raise UnreadableImage(
-            f"{_name(source)} {_fault(source, error)}; replace or remove it"
-        ) from error
-    return _resize(image, spec, box)
+    return _resize(_read_or_refuse(source, spec, box), spec, box, change)
+
+
+def decode_whole(
+    source: str | os.PathLike[str] | bytes, *, longest: int, channels: int = 3
+) -> np.ndarray:
+    """Read one image, all of it in its own shape, as a person looks at it.
+
+    longest: pixels; where its longer side has more, it is made smaller.
+    Returns uint8 (H, W, channels).
+    Raises UnreadableImage.
+    """
+    image = _read_or_refuse(source, ImageSpec(longest, channels, "pad"), None)
+    height, width, _ = image.shape
+    if max(height, width) <= longest:
+        return image
+    columns, rows = (max(1, round(side * longest / max(height, width))) for side in (width, height))
+    return _resample(image, (0, 0, width, height), columns, rows)
+
+
+def fit(
+    image: np.ndarray,
+    spec: ImageSpec,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
+    """Bring an image uint8 (H, W, C), C = 1 or 3, to what `decode` returns of a file that holds it.
+
+    change: as for `decode`.
+    Returns uint8 (size, size, channels).
+    """
+    if image.shape[2] == spec.channels:
+        return _resize(image, spec, None, change)
+    if spec.channels == 3:
+        return _resize(np.repeat(image, 3, axis=2), spec, None, change)
+    return _resize(_luma(image), spec, None, change)
 
 
 def decode_all(paths: Sequence[str], spec: ImageSpec, threads: int = 0) -> np.ndarray:
@@ -148,9 +188,7 @@ def resize_array(images: np.ndarray, spec: ImageSpec, threads: int = 0) -> np.nd
     """
     n, height, width, channels = images.shape
     if channels == 3 and spec.channels == 1:
-        weights = np.array([19595, 38470, 7471], np.uint32)  # Pillow's luma, in 1 / 65536
-        images = ((images @ weights + 32768) >> 16).astype(np.uint8)[..., None]
-        channels = 1
+        images, channels = _luma(images), 1
     if height == width <= spec.size and spec.crop_fraction == 1.0:
         return images
     result = np.empty((n, spec.size, spec.size, channels), np.uint8)
@@ -160,6 +198,12 @@ def resize_array(images: np.ndarray, spec: ImageSpec, threads: int = 0) -> np.nd
 
     in_threads(put, range(n), threads)
     return result
+
+
+def _luma(images: np.ndarray) -> np.ndarray:
+    """Return Pillow's grey (..., 1) of colours (..., 3)."""
+    weights = np.array([19595, 38470, 7471], np.uint32)  # in 1 / 65536
+    return ((images @ weights + 32768) >> 16).astype(np.uint8)[..., None]
 
 
 def check_images(
@@ -175,6 +219,19 @@ def check_images(
     outcomes = in_threads(lambda path: _check(path, thorough), paths, threads)
     aspect = np.array([1.0 if isinstance(o, str) else o for o in outcomes], np.float32)
     return aspect, {i: o for i, o in enumerate(outcomes) if isinstance(o, str)}
+
+
+def placement(
+    width: int, height: int, spec: ImageSpec
+) -> tuple[tuple[float, float, float, float], tuple[int, int, int, int]]:
+    """Where an image of width x height pixels lies in the square that `decode` makes of it.
+
+    Returns the part of the image that is shown, and the part of the square that shows it, both as
+    (left, top, right, bottom) in pixels; the rest of the square is black.
+    """
+    part, (columns, rows) = _geometry(width, height, spec, None)
+    left, top = (spec.size - columns) // 2, (spec.size - rows) // 2
+    return part, (left, top, left + columns, top + rows)
 
 
 def in_threads(
@@ -214,6 +271,8 @@ def _fault(source: str | os.PathLike[str] | bytes, error: Exception) -> str:
         return "is a folder"
     if number is not None:  # from the system; what Pillow raises has none
         return f"cannot be read ({os.strerror(number)})"
+    if isinstance(error, _NotForReading):
+        return str(error)
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
     if size == 0:
         return "is empty (0 bytes)"
@@ -228,6 +287,7 @@ def _fault(source: str | os.PathLike[str] | bytes, error: Exception) -> str:
 
 def _check(path: str, thorough: bool) -> float | str:
     try:
+        _check_kind(path)
         with open(path, "rb") as file:
             with Image.open(file, formats=_FORMATS) as image:
                 width, height = image.size
@@ -256,6 +316,35 @@ def _has_its_end(file: io.BufferedReader, kind: str | None) -> bool:
     return kind == "GIF" and tail.endswith(b";")
 
 
+def _read_or_refuse(
+    source: str | os.PathLike[str] | bytes,
+    spec: ImageSpec,
+    box: Sequence[float] | np.ndarray | None,
+) -> np.ndarray:
+    """Return what `_read` does; raises UnreadableImage."""
+    try:
+        return _read(source, spec, box)
+    except Exception as error:  # Pillow's decoders raise anything on corrupt data.
+        raise UnreadableImage(
+            f"{_name(source)} {_fault(source, error)}; replace or remove it"
+        ) from error
+
+
+class _NotForReading(Exception):
+    """What must not be opened or read whole; the message says why."""
+
+
+def _check_kind(path: str | os.PathLike[str]) -> None:
+    """Refuse what is read for ever: to open a pipe waits for who writes to it."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise _NotForReading("is a pipe, socket or device, not a file")
+    if status.st_size > _LARGEST_FILE:
+        raise _NotForReading(f"has {status.st_size / 2**30:.1f} GiB, more than an image may have")
+
+
 def _read(
     source: str | os.PathLike[str] | bytes,
     spec: ImageSpec,
@@ -266,6 +355,7 @@ def _read(
     if isinstance(source, bytes):
         data = source
     else:
+        _check_kind(source)
         with open(source, "rb", buffering=0) as file:
             data = file.read()
     image = _read_jpeg(data, spec, box) if data.startswith(b"\xff\xd8\xff") else None
@@ -305,8 +395,10 @@ def _read_any(data: bytes, spec: ImageSpec, box: Sequence[float] | np.ndarray | 
         width, height = image.size
         part = _reduction(width, height, turn, spec, box)
         image.draft(None, (width // part, height // part))
-        image.load()
-        plain = np.asarray(_plain(image, "L" if spec.channels == 1 else "RGB"))
+        alone = image.width * image.height > _LARGE_PIXELS
+        with _large if alone else contextlib.nullcontext():
+            image.load()
+            plain = np.asarray(_plain(image, "L" if spec.channels == 1 else "RGB"))
     plain = plain.reshape(*plain.shape[:2], spec.channels)
     return _UPRIGHT[turn](plain) if turn in _UPRIGHT else plain
 
@@ -364,10 +456,21 @@ def _plain(image: Image.Image, mode: str) -> Image.Image:
     elif image.mode == "F":
         raise ValueError("its values are floating-point numbers")
     elif image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-        image = image.convert("RGB")
+        image = _on_white(image)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return the image in mode RGB, its alpha laid on white; in strips, as that takes three copies:
+    of 177 megapixels, which a PNG of 3 MB can hold, they would be 2 GB."""
+    width, height = image.size
+    result = Image.new("RGB", (width, height))
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(height, top + rows))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return result
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -419,12 +522,17 @@ def _geometry(
 
 
 def _resize(
-    image: np.ndarray, spec: ImageSpec, box: Sequence[float] | np.ndarray | None = None
+    image: np.ndarray,
+    spec: ImageSpec,
+    box: Sequence[float] | np.ndarray | None = None,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Return uint8 (size, size, channels of the image); one resampling does crop and resize."""
     height, width, channels = image.shape
     part, (columns, rows) = _geometry(width, height, spec, box)
     resized = _resample(image, part, columns, rows)
+    if change is not None:
+        resized = change(resized)
     if (columns, rows) == (spec.size, spec.size):
         return resized
     result = np.zeros((spec.size, spec.size, channels), np.uint8)

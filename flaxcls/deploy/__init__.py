@@ -1,0 +1,1 @@
+"""What a trained run does: predict, explain, export, serve, learn a new class."""
