@@ -316,7 +316,11 @@ def test_any_split_can_be_evaluated(copy, split, examples):
     after = contents(copy)
     changed = {name for name in after if after[name] != before.get(name)}
     assert before.keys() <= after.keys()
-    assert changed <= {f"predictions/{split}{end}" for end in (".npz", ".csv", ".json")}
+    report = "report" if split == "test" else f"predictions/{split}-report"
+    assert changed <= {
+        *(f"predictions/{split}{end}" for end in (".npz", ".csv", ".json", "-images.npz")),
+        *(f"{report}{end}" for end in (".html", ".json")),
+    }
     measured = read(copy / "predictions" / f"{split}.json")
     if split != "train":
         summary = read(copy / "summary.json")[split]
@@ -381,13 +385,13 @@ def test_other_data_can_be_evaluated_where_a_class_is_missing(copy, photos):
     after = contents(copy)
     assert {name: after[name] for name in before} == before
     new = sorted(set(after) - set(before))
-    assert len(new) == 3
+    assert len(new) == 6
     assert all(name.startswith("predictions/photos-") for name in new)
     assert "1 of 10 classes have no examples here; the macro means" in done.output
     rows = list(csv.DictReader((copy / next(n for n in new if n.endswith(".csv"))).open()))
     assert len(rows) == len(list(photos.rglob("*.png")))
     assert all(row["file"].split("/")[0] == row["truth"] for row in rows)
-    support = read(copy / next(n for n in new if n.endswith(".json")))["support"]
+    support = read(copy / next(n for n in new if n.endswith("-all.json")))["support"]
     assert support[7] == 0
     assert sum(support) == len(rows)
 

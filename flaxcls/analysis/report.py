@@ -1,7 +1,9 @@
-"""Evaluation of a finished run: restores a checkpoint, measures it exactly, saves predictions."""
+"""Evaluation of a finished run: restores a checkpoint, measures it exactly, saves predictions.
+
+What was measured becomes a report, `report.html` and `report.json`; see `report_page`.
+"""
 
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +12,32 @@ from ml_collections import ConfigDict
 
 from flaxcls import config as config_module
 from flaxcls import runlog
-from flaxcls.checkpoint import Checkpoints, DamagedCheckpoint, Restored
+from flaxcls.analysis.best_checkpoint import FREE, restore
+from flaxcls.analysis.pictures import save_pictures
+from flaxcls.analysis.predictions import read_predictions
+from flaxcls.analysis.report_page import write_report
+from flaxcls.checkpoint import Checkpoints
 from flaxcls.data.dataset import named
 from flaxcls.errors import InputError, out_of_memory
 from flaxcls.evaluate import Evaluator, write_predictions
-from flaxcls.experiment import Experiment, for_evaluation
-from flaxcls.history import best_record, scalars
+from flaxcls.experiment import for_evaluation, image_spec
+from flaxcls.history import scalars
 from flaxcls.progress import make_console, metrics_table, show
 from flaxcls.results import read_description
+from flaxcls.sharding import fetch, replicated
 
-# Keys that evaluation may have otherwise than training, besides those that resuming may.
-FREE = (
-    "data.source",
-    "data.name",
-    "data.label_pattern",
-    "data.on_bad",
-    "data.prefetch",
-    "eval.top_k",
-    "train.epochs",
-)
 # Of `data`: they say whether the data may be others than the run's.
 OTHER_DATA = ("source", "path", "name", "label_pattern")
-
-# Seconds until each next attempt to read a checkpoint, which a run that trains may be removing.
-PAUSES = (0.0, 0.2, 1.0, None)
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[str, Any]:
     """Evaluates the best checkpoint of a run, or that of `eval.step`, on `eval.split`.
 
-    Writes `predictions/SPLIT.npz`, `.csv` and `.json` (the metrics). A given step makes that
-    SPLIT-stepN, and data other than the run's NAME-FINGERPRINT-SPLIT, so that what the summary
-    rests on stays. The run may be training meanwhile.
+    Writes `predictions/SPLIT.npz`, `.csv`, `.json` (the metrics) and `-images.npz` (what the report
+    shows), and a report of them: `report.html` and `report.json`, or beside the predictions where
+    `report_page.report_path` says so. A given step makes that SPLIT-stepN, and data other than the
+    run's NAME-FINGERPRINT-SPLIT, so that what the summary rests on stays. The run may be training
+    meanwhile.
 
     Returns:
       The metrics.
@@ -69,6 +65,9 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
     (key, feed), *_ = experiment.data.feeds.items()
     with out_of_memory("lower eval.batch_size"):
         result = Evaluator(experiment)(variables, key, keep_logits=True)
+    # All processes take part, since the state may be shared out between them.
+    gather = jax.jit(lambda tree: tree, out_shardings=replicated(experiment.mesh))
+    on_host = fetch(gather(variables))
     name = re.sub(r"[^\w.-]+", "-", experiment.evaluated)
     if config.eval.step:
         name += f"-step{config.eval.step}"
@@ -86,44 +85,10 @@ def evaluate_run(config: ConfigDict, workdir: Path, notes: list[str]) -> dict[st
             f"{len(feed.split)} examples, checkpoint of step {restored.step}; every example's "
             f"prediction is in {folder / name}.csv",
         )
+        spec, predictions = image_spec(config), read_predictions(workdir, name)
+        save_pictures(workdir, predictions, split, spec, experiment.recipe, on_host)
+        show(console, f"the report, to be opened in a browser, is {write_report(workdir, name)}")
     return result.record
-
-
-def restore(checkpoints: Checkpoints, experiment: Experiment) -> Restored:
-    """Returns the checkpoint of `eval.step`, or the best.
-
-    Raises:
-      InputError: there is no complete checkpoint, none of that step, or it is damaged.
-    """
-    wanted = experiment.abstract_state(), experiment.abstract_metrics()
-    for pause in PAUSES:
-        try:
-            step = experiment.config.eval.step or best_step(checkpoints)
-            return checkpoints.restore(step, *wanted)
-        except DamagedCheckpoint:
-            # Several processes would choose differently, and wait for each other for ever.
-            if pause is None or jax.process_count() > 1:
-                raise
-            time.sleep(pause)
-            checkpoints.reload()
-    raise AssertionError("the last attempt returns or raises")
-
-
-def best_step(checkpoints: Checkpoints) -> int:
-    """Returns the step of the best checkpoint that is there, or of the last where none is judged.
-
-    The history is that of the newest checkpoint, which is whole; `metrics.jsonl` may be cut off.
-
-    Raises:
-      InputError: there is no complete checkpoint, or the newest is damaged.
-    """
-    steps = checkpoints.steps()
-    if not steps:
-        raise InputError(f"{checkpoints.directory}: no complete checkpoint; train the run first")
-    log = checkpoints.read_log(steps[-1])
-    kept = [record for record in log["history"] if record["step"] in steps]
-    best = best_record(kept, log["best_by"])
-    return best["step"] if best is not None else steps[-1]
 
 
 def missing_classes(support: list[int]) -> list[str]:
