@@ -30,8 +30,22 @@ from flaxcls import __version__, ops
 from flaxcls import config as config_module
 from flaxcls.errors import InputError, did_you_mean
 
-ON_RUNS = ("evaluate",)  # modes that need a run, not a config
-ON_MANY_RUNS = ("compare",)  # modes that need runs and take no config
+# Modes that need a run, not a config.
+ON_RUNS = ("evaluate",)
+ON_MANY_RUNS = ("compare",)  # modes that take several runs, and then no config
+# Flags that belong to some modes, and what they are for.
+OF_MODES = {
+    "input": ("predict", "add_class"),
+    "output": ("predict", "export", "add_class", "check_data"),
+    "top_k": ("predict",),
+    "explain": ("predict",),
+    "invert": ("predict", "add_class"),
+    "class_name": ("add_class",),
+    "parent": ("add_class",),
+    "method": ("add_class",),
+    "host": ("app",),
+    "port": ("app",),
+}
 KEY = r"--?(?:no)?config\.([^=]+)"  # an argument that sets a key of the config
 
 
@@ -41,13 +55,13 @@ class Command:
 
     Attributes:
       flags: as given: mode, coordinator, num_processes, process_id.
-      config: resolved; empty for a mode that takes none.
-      workdir: the run folder; a pattern for a mode on many runs.
+      config: resolved; None where several runs have their own.
+      workdir: the run folder; a pattern of several runs.
       notes: sentences for the log.
     """
 
     flags: argparse.Namespace
-    config: ConfigDict
+    config: ConfigDict | None
     workdir: Path
     notes: list[str]
 
@@ -110,11 +124,18 @@ def _compare(command: Command) -> int:
     return 0
 
 
+def _check_data(command: Command) -> int:
+    check_data = importlib.import_module("flaxcls.analysis.check_data")
+    folder = Path(command.flags.output) if command.flags.output else command.workdir
+    return check_data.check_data(command.config, folder)
+
+
 MODES: dict[str, Callable[[Command], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "summary": _summary,
     "compare": _compare,
+    "check_data": _check_data,
 }
 
 
@@ -141,9 +162,11 @@ def parse(argv: Sequence[str]) -> Command:
     if given.mode not in MODES:
         raise InputError(f"--mode: unknown mode {given.mode!r}; {did_you_mean(given.mode, MODES)}")
     _check_flags(keys, known=list(vars(given)))
-    if given.mode in ON_MANY_RUNS:
+    _check_mode(given)
+    takes_config = given.mode not in ON_MANY_RUNS or (given.mode == "app" and _is_run(given))
+    if not takes_config:
         _refuse_config(given, keys)
-        return Command(given, ConfigDict(), Path(given.workdir), [])
+        return Command(given, None, Path(given.workdir), [])
     config = _read_config(given)
     _override(config, keys)
     resolved, notes = config_module.resolve(config)
@@ -177,14 +200,59 @@ def _parser() -> argparse.ArgumentParser:
         "--workdir",
         type=os.path.expanduser,
         metavar="DIR",
-        help="run folder; by default runs/CONFIG-DATASET. With --mode=compare a quoted pattern, or "
-        "several separated by commas",
+        help="run folder; by default runs/CONFIG-DATASET. With compare and app also a quoted "
+        "pattern, or several separated by commas",
     )
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT", help="first of several processes, given to each"
     )
     parser.add_argument("--num_processes", type=int, metavar="N", help="how many processes")
     parser.add_argument("--process_id", type=int, metavar="I", help="which of them, from 0")
+    parser.add_argument(
+        "--input",
+        action="append",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="predict: image, folder, pattern, video, or the number of a camera; add_class: "
+        "example photos, or a folder of them; may be given several times",
+    )
+    parser.add_argument(
+        "--output",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="where what the mode makes goes; by default into the run folder, with add_class "
+        "beside it",
+    )
+    parser.add_argument(
+        "--top_k", type=int, metavar="K", help="predict: classes shown; by default 5"
+    )
+    parser.add_argument(
+        "--explain",
+        nargs="?",
+        const="auto",
+        metavar="METHOD",
+        help="predict: draw what decided, by cam, grad_cam, grad_cam_pp, attention or occlusion; "
+        "without a method by the best that the model has",
+    )
+    parser.add_argument(
+        "--invert",
+        nargs="?",
+        const="yes",
+        metavar="yes|no|auto",
+        help="predict, add_class: swap light and dark, for a model of light objects on dark "
+        "ground; by default (auto) where the run's intensities say so",
+    )
+    parser.add_argument("--class_name", metavar="NAME", help="add_class: the new class")
+    parser.add_argument(
+        "--parent", metavar="NAME", help="add_class: its parent, of a model that has them"
+    )
+    parser.add_argument(
+        "--method",
+        metavar="imprint|finetune",
+        help="add_class: how the head learns; by default imprint",
+    )
+    parser.add_argument("--host", help="app: address to listen at; by default 127.0.0.1")
+    parser.add_argument("--port", type=int, help="app: by default 7860")
     parser.add_argument("--version", action="version", version=f"flaxcls {__version__}")
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error in the input"
@@ -199,10 +267,8 @@ def _read_config(given: argparse.Namespace) -> ConfigDict:
         if not Path(path).is_file():
             raise InputError(_missing_config(path))
         return config_module.from_file(Path(path), *([dataset] if colon else []))
-    if given.workdir:
-        stored = Path(given.workdir, "config.json")
-        if stored.is_file():
-            return config_module.load(stored)
+    if _is_run(given):
+        return config_module.load(Path(given.workdir, "config.json"))
     if given.mode not in ON_RUNS:
         raise InputError(
             "--config is missing; give a config file, or one that comes with flaxcls: "
@@ -216,6 +282,11 @@ def _read_config(given: argparse.Namespace) -> ConfigDict:
     )
 
 
+def _is_run(given: argparse.Namespace) -> bool:
+    """Whether `--workdir` is the folder of one run."""
+    return bool(given.workdir) and Path(given.workdir, "config.json").is_file()
+
+
 def _check_flags(arguments: list[str], known: list[str]) -> None:
     """Refuses what is neither a flag nor a key of the config."""
     for argument in arguments:
@@ -225,6 +296,16 @@ def _check_flags(arguments: list[str], known: list[str]) -> None:
             config_module.check_key(key[1])
         elif flag:
             raise InputError(f"--{flag[1]}: there is no such flag; {did_you_mean(flag[1], known)}")
+
+
+def _check_mode(given: argparse.Namespace) -> None:
+    """Refuses a flag that the mode does not take."""
+    for flag, modes in OF_MODES.items():
+        if getattr(given, flag) is not None and given.mode not in modes:
+            raise InputError(
+                f"--{flag}: --mode={given.mode} takes no such flag; leave it out, or give "
+                f"{' or '.join(f'--mode={mode}' for mode in modes)}"
+            )
 
 
 def _refuse_config(given: argparse.Namespace, arguments: list[str]) -> None:
@@ -310,7 +391,8 @@ def _missing_config(path: str) -> str:
 def _start(command: Command) -> str:
     """Sets the process up and starts JAX; returns what became of the allocator, for the log."""
     memory = ops.prepare_process()  # before JAX starts its threads
-    _start_jax(command.config, command.flags)
+    config = config_module.default() if command.config is None else command.config
+    _start_jax(config, command.flags)
     if command.flags.mode in ("train", "evaluate"):
         if ops.native_is_pending():
             print("compiling the native operators, once for this machine", flush=True)

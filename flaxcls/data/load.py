@@ -70,6 +70,55 @@ def load_dataset(
     threads: for reading files; 0 is one a CPU.
     Raises InputError, one sentence that names the thing and the remedy.
     """
+    dataset = read_source(
+        source,
+        path,
+        name=name,
+        classes=classes,
+        num_classes_drawn=num_classes_drawn,
+        per_class=per_class,
+        label_pattern=label_pattern,
+        on_bad=on_bad,
+        seed=seed,
+        spec=spec,
+        known_classes=known_classes,
+        threads=threads,
+    )
+    if known_classes:
+        return _with_parents(match_classes(dataset, known_classes), parents)
+    if len(dataset.class_names) < 2:
+        raise InputError(
+            f"{dataset.name}: a classifier needs at least 2 classes, found "
+            f"{len(dataset.class_names)} ({', '.join(dataset.class_names)}); add another class"
+        )
+    dataset = split_dataset(
+        dataset,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        mode=split_mode,
+        stratify=stratify,
+        max_per_class=max_per_class,
+        seed=seed,
+    )
+    return _with_parents(dataset, parents)
+
+
+def read_source(
+    source: str,
+    path: str = "",
+    *,
+    name: str = "",
+    classes: Sequence[str] = (),
+    num_classes_drawn: int = 0,
+    per_class: float = 0.0,
+    label_pattern: str = "",
+    on_bad: str = "error",
+    seed: int = 0,
+    spec: ImageSpec | None = None,
+    known_classes: Sequence[str] = (),
+    threads: int = 0,
+) -> Dataset:
+    """Return the data set of `load_dataset` before it is split: the classes and examples chosen."""
     if source not in SOURCES:
         raise InputError(f"data.source: unknown source {source!r}; {did_you_mean(source, SOURCES)}")
     if classes and num_classes_drawn:
@@ -100,24 +149,7 @@ def load_dataset(
             )
     reader = importlib.import_module(f"flaxcls.data.sources.{source}")
     dataset = name_undivided(reader.read(**{key: arguments[key] for key in SOURCES[source]}))
-    dataset = _selected(dataset, source, tuple(classes), num_classes_drawn, per_class, seed)
-    if known_classes:
-        return _with_parents(match_classes(dataset, known_classes), parents)
-    if len(dataset.class_names) < 2:
-        raise InputError(
-            f"{dataset.name}: a classifier needs at least 2 classes, found "
-            f"{len(dataset.class_names)} ({', '.join(dataset.class_names)}); add another class"
-        )
-    dataset = split_dataset(
-        dataset,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        mode=split_mode,
-        stratify=stratify,
-        max_per_class=max_per_class,
-        seed=seed,
-    )
-    return _with_parents(dataset, parents)
+    return select(dataset, source, tuple(classes), num_classes_drawn, per_class, seed)
 
 
 def _with_parents(dataset: Dataset, rules: Sequence[str]) -> Dataset:
@@ -167,7 +199,7 @@ def check_run_folder(folder: Path, source: str, path: str | None) -> None:
         )
 
 
-def _selected(
+def select(
     dataset: Dataset,
     source: str,
     classes: tuple[str, ...],
@@ -175,7 +207,7 @@ def _selected(
     per_class: float,
     seed: int,
 ) -> Dataset:
-    """Choose classes and examples where the source has not done so while reading."""
+    """Return the classes and examples asked for, where the source did not choose while reading."""
     takes = SOURCES[source]
     if num_classes_drawn and "num_classes_drawn" not in takes:
         drawn = draw_classes(dataset.class_names, num_classes_drawn, seed)

@@ -28,6 +28,25 @@ def read(
     known_classes: the classes of a trained model, where the folder is only evaluated.
     Raises InputError, naming the folder or the files.
     """
+    root, class_names, pairs, notes = find(path, label_pattern, classes, known_classes)
+    splits, faults = file_splits(root, {"train": pairs}, on_bad, threads)
+    if faults and on_bad == "error":
+        raise InputError(listing(root, faults, len(pairs)))
+    return Dataset(
+        root.resolve().name, class_names, splits, skipped=tuple(sorted(faults)), notes=notes
+    )
+
+
+def find(
+    path: str | Path,
+    label_pattern: str,
+    classes: tuple[str, ...] = (),
+    known_classes: tuple[str, ...] = (),
+) -> tuple[Path, tuple[str, ...], list[tuple[Path, int]], tuple[str, ...]]:
+    """Return the folder, its classes, the (file, label) pairs and notes, with no file opened.
+
+    Arguments and errors are those of `read`.
+    """
     pattern = compile_pattern("data.label_pattern", label_pattern)
     if pattern.groups < 1:
         raise InputError(
@@ -63,11 +82,6 @@ def read(
             )
     position = {name: i for i, name in enumerate(class_names)}
     pairs = [(file, position[name]) for file, name in named.items() if name in position]
-    splits, faults = file_splits(root, {"train": pairs}, on_bad, threads)
-    if faults and on_bad == "error":
-        raise InputError(listing(root, faults, len(pairs)))
     ignored = [file.name for file in files if file not in named]
     notes = (f"Not used: {len(ignored)} other files in '{root}'.",) if ignored else ()
-    return Dataset(
-        root.resolve().name, class_names, splits, skipped=tuple(sorted(faults)), notes=notes
-    )
+    return root, class_names, pairs, notes

@@ -46,9 +46,9 @@ def read(
     if on_bad not in ("error", "skip"):
         raise InputError(f"data.on_bad must be 'error' or 'skip', not '{on_bad}'")
     root = existing_folder(path, _HOLDS)
-    layout = _layout(root)
-    notes = _unused(root, layout)
-    present = {key: _class_folders(folder) for key, folder in layout.items()}
+    layout = split_folders(root)
+    notes = unused(root, layout)
+    present = {key: class_folders(folder) for key, folder in layout.items()}
     class_names = known_classes or _class_names(root, present, classes)
     for key, folders in present.items():
         for name in folders:
@@ -98,7 +98,8 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _class_folders(folder: Path) -> dict[str, Path]:
+def class_folders(folder: Path) -> dict[str, Path]:
+    """Return class -> its folder; raises InputError where there are none."""
     entries = visible(folder)
     folders = {e.name: Path(e.path) for e in entries if is_folder(e)}
     if not folders:
@@ -109,7 +110,7 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     return folders
 
 
-def _layout(root: Path) -> dict[str, Path]:
+def split_folders(root: Path) -> dict[str, Path]:
     """Return split -> folder of class folders; the root is `train` where there are no splits."""
     folders = [Path(e.path) for e in visible(root) if is_folder(e)]
     named = [f for f in folders if f.name.lower() in _SPLIT_FOLDERS]
@@ -128,7 +129,8 @@ def _layout(root: Path) -> dict[str, Path]:
     return {key: layout[key] for key in SPLITS if key in layout} or {"train": root}
 
 
-def _unused(root: Path, layout: dict[str, Path]) -> tuple[str, ...]:
+def unused(root: Path, layout: dict[str, Path]) -> tuple[str, ...]:
+    """Return sentences on what lies beside the classes and is not read."""
     notes = []
     if root not in layout.values():
         used = {folder.name for folder in layout.values()}
@@ -176,7 +178,7 @@ def _find(
         for label, name in enumerate(class_names):
             if name not in folders or (classes and name not in classes):
                 continue
-            images, others = _files(folders[name])
+            images, others = files_of_class(folders[name])
             if not images and key == "train" and training:
                 raise InputError(_empty_class(folders[name], others))
             found[key] += [(file, label) for file in images]
@@ -188,7 +190,7 @@ def _find(
     return found, strangers
 
 
-def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+def files_of_class(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return (image files, other files) under a class folder."""
     images: list[Path] = []
     others: list[Path] = []

@@ -51,7 +51,11 @@ def read(
     for label, name in enumerate(class_names):
         if name not in files:
             raise InputError(_no_file(folder, name, tuple(files)))
-        array = _mapped(files[name])
+        array = mapped(files[name])
+        if not len(array):
+            raise InputError(
+                f"'{files[name]}' holds no images; remove it or add images of its class"
+            )
         if images and array.shape[1:] != images[0].shape[1:]:
             raise InputError(
                 f"'{files[name]}' holds images of shape {array.shape[1:]} but "
@@ -66,7 +70,8 @@ def read(
     return Dataset(folder.resolve().name, class_names, {"train": split}, notes=notes)
 
 
-def _mapped(file: Path) -> np.ndarray:
+def mapped(file: Path) -> np.ndarray:
+    """Return the images of a class, memory-mapped; raises InputError where it holds others."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy raises anything on damaged headers.
@@ -76,10 +81,7 @@ def _mapped(file: Path) -> np.ndarray:
             f"'{file}' is a .npz, which holds several arrays; write one .npy a class with "
             "numpy.save, or set data.source=npz"
         )
-    images = as_images(array, f"'{file}'")
-    if not len(images):
-        raise InputError(f"'{file}' holds no images; remove it or add images of its class")
-    return images
+    return as_images(array, f"'{file}'")
 
 
 def _no_file(folder: Path, name: str, known: tuple[str, ...]) -> str:
