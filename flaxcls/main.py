@@ -31,7 +31,7 @@ from flaxcls import config as config_module
 from flaxcls.errors import InputError, did_you_mean
 
 # Modes that need a run, not a config.
-ON_RUNS = ("evaluate",)
+ON_RUNS = ("evaluate", "predict")
 ON_MANY_RUNS = ("compare",)  # modes that take several runs, and then no config
 # Flags that belong to some modes, and what they are for.
 OF_MODES = {
@@ -130,12 +130,29 @@ def _check_data(command: Command) -> int:
     return check_data.check_data(command.config, folder)
 
 
+def _predict(command: Command) -> int:
+    _start(command)
+    predict = importlib.import_module("flaxcls.deploy.predict")
+    given = command.flags
+    predict.predict_run(
+        command.config,
+        command.workdir,
+        given.input or [],
+        output=given.output,
+        top_k=5 if given.top_k is None else given.top_k,
+        explain=given.explain,
+        invert=given.invert or "auto",
+    )
+    return 0
+
+
 MODES: dict[str, Callable[[Command], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "summary": _summary,
     "compare": _compare,
     "check_data": _check_data,
+    "predict": _predict,
 }
 
 
