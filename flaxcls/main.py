@@ -31,7 +31,7 @@ from flaxcls import config as config_module
 from flaxcls.errors import InputError, did_you_mean
 
 # Modes that need a run, not a config.
-ON_RUNS = ("evaluate", "predict")
+ON_RUNS = ("evaluate", "predict", "export")
 ON_MANY_RUNS = ("compare",)  # modes that take several runs, and then no config
 # Flags that belong to some modes, and what they are for.
 OF_MODES = {
@@ -146,6 +146,13 @@ def _predict(command: Command) -> int:
     return 0
 
 
+def _export(command: Command) -> int:
+    _start(command)
+    export = importlib.import_module("flaxcls.deploy.export")
+    export.export_run(command.config, command.workdir, command.flags.output)
+    return 0
+
+
 MODES: dict[str, Callable[[Command], int]] = {
     "train": _train,
     "evaluate": _evaluate,
@@ -153,6 +160,7 @@ MODES: dict[str, Callable[[Command], int]] = {
     "compare": _compare,
     "check_data": _check_data,
     "predict": _predict,
+    "export": _export,
 }
 
 

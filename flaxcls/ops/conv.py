@@ -131,7 +131,7 @@ def _convolve_small_map(x: jax.Array, kernel: jax.Array, windows: list[list[_Win
     def output(window: _Window) -> jax.Array:
         seen, part = window
         pixels = x[:, *seen]
-        return pixels.reshape(len(x), math.prod(pixels.shape[1:])) @ kernel[part].reshape(
+        return pixels.reshape(x.shape[0], math.prod(pixels.shape[1:])) @ kernel[part].reshape(
             -1, kernel.shape[-1]
         )
 
@@ -159,8 +159,10 @@ def _shares_windows(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Sides
 ) -> bool:
     """Whether `_convolve_few_channels` takes the convolution: few channels, a step of 1, no more
-    memory than it is worth, and padding that adds."""
+    memory than it is worth, and padding that adds. A batch of any size may be too large."""
     n, h, w, c = x.shape
+    if not isinstance(n, int):
+        return False
     rows, columns, _, _ = kernel.shape
     together = _together(c)
     written = n * h * (w / together) * rows * (together + columns - 1) * c
