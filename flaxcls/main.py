@@ -31,7 +31,7 @@ from flaxcls import config as config_module
 from flaxcls.errors import InputError, did_you_mean
 
 # Modes that need a run, not a config.
-ON_RUNS = ("evaluate", "predict", "export")
+ON_RUNS = ("evaluate", "predict", "export", "add_class")
 ON_MANY_RUNS = ("compare",)  # modes that take several runs, and then no config
 # Flags that belong to some modes, and what they are for.
 OF_MODES = {
@@ -153,6 +153,23 @@ def _export(command: Command) -> int:
     return 0
 
 
+def _add_class(command: Command) -> int:
+    _start(command)
+    add_class = importlib.import_module("flaxcls.deploy.add_class")
+    given = command.flags
+    add_class.add_class_to_run(
+        command.config,
+        command.workdir,
+        given.input or [],
+        name=given.class_name,
+        parent=given.parent,
+        method=given.method or "imprint",
+        output=given.output,
+        invert=given.invert or "auto",
+    )
+    return 0
+
+
 MODES: dict[str, Callable[[Command], int]] = {
     "train": _train,
     "evaluate": _evaluate,
@@ -161,6 +178,7 @@ MODES: dict[str, Callable[[Command], int]] = {
     "check_data": _check_data,
     "predict": _predict,
     "export": _export,
+    "add_class": _add_class,
 }
 
 

@@ -59,6 +59,11 @@ def _is_origin(value: Any) -> bool:
     )
 
 
+def _is_lesson(value: Any) -> bool:
+    """What `deploy.teach` writes of a class that it taught."""
+    return isinstance(value, dict) and all(map(_is_text, (value.get("name"), value.get("method"))))
+
+
 # What is read again of `summary.json` and of `preprocess.json`, and what it must be.
 SUMMARY_KINDS = {
     "model": _is_text,
@@ -79,6 +84,7 @@ DESCRIPTION_KINDS = {
     "fingerprint": _is_text,
     "weights": _is_origin,
     "resampler": _is_text,
+    "taught": lambda value: isinstance(value, list) and all(map(_is_lesson, value)),
 }
 
 
@@ -147,7 +153,19 @@ class RunFiles:
                 if fingerprint(read_dataset(self._config)) != trained_on:
                     raise other_data(self.folder)
             return read_summary(self.folder)
+        self._refuse_taught()
         return None
+
+    def _refuse_taught(self) -> None:
+        """Training knows the classes of the data, and a taught run has others."""
+        path = self.folder / "preprocess.json"
+        taught = read_description(self.folder)["taught"] if path.exists() else []
+        if taught:
+            names = ", ".join(repr(lesson["name"]) for lesson in taught)
+            raise InputError(
+                f"{self.folder} was taught {names} after its training, which cannot go on; put "
+                f"images of that into the data and train into {another_workdir(self.folder)}"
+            )
 
     def show_finished(self) -> None:
         """Prints the summary of a run that has nothing left to do."""
@@ -313,7 +331,8 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}; use the version that wrote it"
         )
     # The first runs of format 1 did not say what they started from, and had images from Pillow.
-    absent = {"weights": None, "resampler": "pillow"}
+    # Nor does one whose classes are all from its training say that it was taught none.
+    absent: dict[str, Any] = {"weights": None, "resampler": "pillow", "taught": []}
     described = _read_with(path, DESCRIPTION_KINDS, absent)
     counts, names = described["class_counts"], described["class_names"]
     if len(counts) != len(names):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from flaxcls import metrics, pretrained, rematerialisation
 from flaxcls.augment import Augmentation
 from flaxcls.checkpoint import abstract
 from flaxcls.data import loader
-from flaxcls.data.dataset import Dataset, class_counts, fingerprint
+from flaxcls.data.dataset import Dataset, class_counts, fingerprint, match_classes
 from flaxcls.data.load import load_dataset
 from flaxcls.data.splits import merged
 from flaxcls.errors import InputError
@@ -287,10 +288,12 @@ def _read_for_evaluation(
     try:
         dataset = read_dataset(config)
         own = fingerprint(dataset) == trained["fingerprint"]
+        if own:
+            dataset = _with_taught(dataset, trained)
     except InputError:  # not fit to train on; whether it can be evaluated is found out below
         own = False
     if not own:
-        dataset = read_dataset(config, tuple(trained["class_names"]))
+        dataset = read_dataset(_with_rules(config, trained), tuple(trained["class_names"]))
         if not other_data and split != "all":
             raise InputError(
                 f"{dataset.name} has changed since the run was trained, so that its split "
@@ -310,3 +313,25 @@ def _read_for_evaluation(
             f"{', '.join(dataset.splits)}; choose one of them, or 'all'"
         )
     return dataclasses.replace(dataset, splits={split: dataset.splits[split]}), name
+
+
+def _with_taught(dataset: Dataset, trained: dict[str, Any]) -> Dataset:
+    """Returns the run's data with the classes that it was taught, of which they have no images."""
+    if not trained.get("taught"):
+        return dataset
+    dataset = match_classes(dataset, tuple(trained["class_names"]))
+    return dataclasses.replace(dataset, class_parents=tuple(trained["class_parents"]))
+
+
+def _with_rules(config: ConfigDict, trained: dict[str, Any]) -> ConfigDict:
+    """Returns the config with a rule for the parent of each class that the run was taught."""
+    rules = [
+        f"{re.escape(lesson['name'])}={lesson['parent']}"
+        for lesson in trained.get("taught", ())
+        if lesson.get("parent")
+    ]
+    if not rules:
+        return config
+    config = config.copy_and_resolve_references()
+    config.data.parents = (*rules, *config.data.parents)
+    return config

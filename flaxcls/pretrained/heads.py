@@ -30,8 +30,34 @@ def head_of(
     counts = {n: getattr(model, n) + 1 for n in ("num_classes", "num_parents") if hasattr(model, n)}
     if image_shape is None or not counts:
         return frozenset(path for path in variables if path[-2] in NAMES)
-    init = partial(model.clone(**counts).init, train=False)
+    return _changed(model.clone(**counts), variables, image_shape)
+
+
+def class_layers(
+    model: nn.Module, variables: Mapping[Path, Any], image_shape: tuple[int, int, int]
+) -> tuple[Path, ...]:
+    """Returns the paths of the layers that have an output for each class, sorted.
+
+    A model whose logits are a product has two. A head for parents is none of them.
+
+    Args:
+      model: the module that the variables are of.
+      variables: arrays or their shapes, by path.
+      image_shape: (H, W, C) of the images that the variables were made for.
+    """
+    if not hasattr(model, "num_classes"):
+        return ()
+    wider = model.clone(num_classes=model.num_classes + 1)
+    changed = _changed(wider, variables, image_shape)
+    return tuple(sorted({path[1:-1] for path in changed}))
+
+
+def _changed(
+    model: nn.Module, variables: Mapping[Path, Any], image_shape: tuple[int, int, int]
+) -> frozenset[Path]:
+    """Returns the paths of the arrays that have another shape in this model."""
     images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    init = partial(model.init, train=False)
     wider = flatten_dict(jax.eval_shape(init, jax.random.key(0), images))
     return frozenset(
         path
