@@ -31,8 +31,8 @@ from flaxcls import config as config_module
 from flaxcls.errors import InputError, did_you_mean
 
 # Modes that need a run, not a config.
-ON_RUNS = ("evaluate", "predict", "export", "add_class")
-ON_MANY_RUNS = ("compare",)  # modes that take several runs, and then no config
+ON_RUNS = ("evaluate", "predict", "export", "app", "add_class")
+ON_MANY_RUNS = ("compare", "app")  # modes that take several runs, and then no config
 # Flags that belong to some modes, and what they are for.
 OF_MODES = {
     "input": ("predict", "add_class"),
@@ -55,13 +55,13 @@ class Command:
 
     Attributes:
       flags: as given: mode, coordinator, num_processes, process_id.
-      config: resolved; None where several runs have their own.
+      config: resolved; the defaults where several runs have their own.
       workdir: the run folder; a pattern of several runs.
       notes: sentences for the log.
     """
 
     flags: argparse.Namespace
-    config: ConfigDict | None
+    config: ConfigDict
     workdir: Path
     notes: list[str]
 
@@ -170,6 +170,19 @@ def _add_class(command: Command) -> int:
     return 0
 
 
+def _app(command: Command) -> int:
+    _start(command)
+    app = importlib.import_module("flaxcls.deploy.app")
+    given = command.flags
+    app.serve(
+        command.config if _is_run(given) else None,
+        given.workdir,
+        host=given.host or "127.0.0.1",
+        port=7860 if given.port is None else given.port,
+    )
+    return 0
+
+
 MODES: dict[str, Callable[[Command], int]] = {
     "train": _train,
     "evaluate": _evaluate,
@@ -179,6 +192,7 @@ MODES: dict[str, Callable[[Command], int]] = {
     "predict": _predict,
     "export": _export,
     "add_class": _add_class,
+    "app": _app,
 }
 
 
@@ -209,7 +223,7 @@ def parse(argv: Sequence[str]) -> Command:
     takes_config = given.mode not in ON_MANY_RUNS or (given.mode == "app" and _is_run(given))
     if not takes_config:
         _refuse_config(given, keys)
-        return Command(given, None, Path(given.workdir), [])
+        return Command(given, config_module.default(), Path(given.workdir), [])
     config = _read_config(given)
     _override(config, keys)
     resolved, notes = config_module.resolve(config)
@@ -434,8 +448,7 @@ def _missing_config(path: str) -> str:
 def _start(command: Command) -> str:
     """Sets the process up and starts JAX; returns what became of the allocator, for the log."""
     memory = ops.prepare_process()  # before JAX starts its threads
-    config = config_module.default() if command.config is None else command.config
-    _start_jax(config, command.flags)
+    _start_jax(command.config, command.flags)
     if command.flags.mode in ("train", "evaluate"):
         if ops.native_is_pending():
             print("compiling the native operators, once for this machine", flush=True)

@@ -592,6 +592,20 @@ def test_a_folder_without_a_checkpoint_cannot_be_evaluated(tmp_path):
     )
 
 
+def test_the_page_takes_several_runs_and_their_own_configs(tmp_path):
+    several = f"--workdir={tmp_path / 'a'},{tmp_path / 'b*'}"
+    assert (
+        main.parse(["flaxcls", "--mode=app", several]).config.to_dict()
+        == config.default().to_dict()
+    )
+    done = run("--mode=app", several, "--config.seed=1")
+    assert (done.code, done.output) == (2, "")
+    assert "--config.seed: --mode=app takes the configs that the runs hold" in done.error
+    done = run("--mode=app", several)
+    assert (done.code, done.output) == (2, "")
+    assert f"there is no run '{tmp_path / 'a'}'" in done.error
+
+
 def test_modes_without_a_config_are_modes():
     assert {*main.ON_RUNS, *main.ON_MANY_RUNS} < set(main.MODES)
     assert "lenet" in models.list_models()
