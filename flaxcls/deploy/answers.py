@@ -335,7 +335,7 @@ class Answers:
             learned = ServedRun.load(folder, folder.name, served.name)
             learned.warm_up()
             self.runs.append(learned)
-            result = {**_told(taught, held_out), "run": len(self.runs) - 1, "folder": str(folder)}
+            result = {**_told(taught, held_out), "run": len(self.runs) - 1, "folder": _near(folder)}
             self._lessons[number] = Lesson(1.0, "done", result=result)
         except InputError as error:
             self._lessons[number] = Lesson(1.0, "refused", refused=str(error))
@@ -426,6 +426,12 @@ def new_folder(run: Path, name: str) -> Path:
     folder = default_folder(run, name)
     names = itertools.chain([folder.name], (f"{folder.name}-{n}" for n in itertools.count(2)))
     return next(free for free in map(folder.with_name, names) if not os.path.lexists(free))
+
+
+def _near(folder: Path) -> str:
+    """Returns a folder as a person would type it: by its path from here, where it lies below."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def _told(taught: Taught, held_out: Accuracy | None) -> Answer:
