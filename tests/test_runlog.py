@@ -25,10 +25,13 @@ HOLD = """
 import os, sys, time
 from flaxcls.runlog import RunFolder
 folder = RunFolder(sys.argv[1])
+ready, say = os.pipe()
 child = os.fork()
 if child == 0:
+    os.write(say, b".")  # what Python does after a fork is done
     time.sleep(60)
     os._exit(0)
+os.read(ready, 1)
 print(child, flush=True)
 time.sleep(60)
 """

@@ -49,8 +49,8 @@ def report_path(folder: Path, name: str) -> Path:
     never evaluated, of its test or validation split. Every other lies beside its predictions, as
     `predictions/NAME-report.html`.
     """
-    config = _read_object(folder / "config.json")
-    chosen = (config.get("eval", {}).get("split"), "test", "val")
+    keys = _read_object(folder / "config.json")
+    chosen = (keys.get("eval", {}).get("split"), "test", "val")
     evaluated = (s for s in chosen if s and (folder / "predictions" / f"{s}.npz").exists())
     if name == next(evaluated, None):
         return folder / "report.html"
@@ -199,15 +199,15 @@ def _run_values(
     folder: Path, name: str, measured: dict[str, Any], history: Sequence[Record], notes: list[str]
 ) -> dict[str, Any]:
     """What is said of the run: config, environment, summary."""
-    config = _read_object(folder / "config.json")
+    keys = _read_object(folder / "config.json")
     stored: dict[str, Any] = _or_note(lambda: _read_object(folder / "environment.json"), {}, notes)
     summary: dict[str, Any] = _or_note(lambda: _read_object(folder / "summary.json"), {}, notes)
     sessions = stored.get("sessions")
     return {
-        "model": config.get("model", {}).get("name", "model"),
-        "data_name": _data_name(config.get("data", {}), name),
-        "config_text": json.dumps(config, indent=2, ensure_ascii=False),
-        "config_rows": _config_rows(config),
+        "model": keys.get("model", {}).get("name", "model"),
+        "data_name": _data_name(keys.get("data", {}), name),
+        "config_text": json.dumps(keys, indent=2, ensure_ascii=False),
+        "config_rows": _config_rows(keys),
         "environment": _environment_rows(sessions[-1] if sessions else {}),
         "params": summary.get("params"),
         "epoch": next((r["epoch"] for r in history if r["step"] == measured.get("step")), None),
