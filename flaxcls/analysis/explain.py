@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcls import ops
+from flaxcls.analysis import feature_maps
 from flaxcls.analysis.class_maps import (
     Drawn,
     attention,
@@ -22,6 +23,7 @@ from flaxcls.analysis.class_maps import (
 )
 from flaxcls.analysis.feature_maps import Cut, PooledHead, Traced, Variables, pooled_head, trace
 from flaxcls.analysis.heat_maps import Box, bounding_box, draw_box, overlay, place_heat
+from flaxcls.analysis.map_places import Places, enlargement, even
 from flaxcls.batch import Preprocess, preprocess
 from flaxcls.errors import InputError, did_you_mean, out_of_memory
 
@@ -45,8 +47,9 @@ class Maps(NamedTuple):
     """Where N images speak for a class.
 
     Attributes:
-      heat: float32 (N, S, S), 0 to 1 by each image's own maximum, at the size that the model sees;
-        0 throughout where nothing speaks for the class.
+      heat: float32 (N, S, S), 0 to 1 by each image's own maximum, at the size that the model sees,
+        a map's pixels in the middle of what they see (see `map_places`); 0 throughout where
+        nothing speaks for the class.
       raw: float32 (N, h, w), the map itself, before negative values are cut off and it is scaled
         and enlarged.
       logits: float (N, K); those of the classes, not the parents, of a hierarchical model.
@@ -140,8 +143,11 @@ class Explainer:
             )
         self._batch_size = batch_size
         self._num_classes = traced.num_classes
+        places = None
+        if traced.cut is not None and self.method in _OF_MAP:
+            places = feature_maps.places(model, self._variables, p, traced.cut)
         self._step = jax.jit(
-            partial(_step, _drawing(self.method, model, traced.cut, pooled), p, dtype),
+            partial(_step, _drawing(self.method, model, traced.cut, pooled), p, dtype, places),
             compiler_options=ops.compiler_options(),
         )
 
@@ -181,6 +187,8 @@ class Explainer:
         return Maps(heat, raw, logits, drawn.astype(np.int64))
 
 
+# Methods that weight the last feature map.
+_OF_MAP = ("cam", "grad_cam", "grad_cam_pp")
 # Ends the sentence "cannot explain this model, which ...".
 _LACKS = {
     "cam": "has no dense layer on the mean over space of its last feature map",
@@ -228,19 +236,25 @@ def _step(
     draw: Callable[[Variables, jax.Array, jax.Array], Drawn],
     p: Preprocess,
     dtype: Any,
+    places: Places | None,
     variables: Variables,
     images: jax.Array,
     classes: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """uint8 images (N, H, W, C), classes (N,) or -1 -> what `Maps` holds."""
     drawn = draw(variables, preprocess(images, p, dtype), classes)
-    heat = _heat(drawn.evidence.astype(jnp.float32), p.size)
+    evidence = drawn.evidence.astype(jnp.float32)
+    heat = _heat(evidence, p.size, places or even(p.size, evidence.shape[1:]))
     return heat, drawn.raw.astype(jnp.float32), drawn.logits, drawn.classes
 
 
-def _heat(evidence: jax.Array, size: int) -> jax.Array:
+def _heat(evidence: jax.Array, size: int, places: Places) -> jax.Array:
     """(N, h, w) -> (N, size, size), what is positive, by each image's own maximum."""
     positive = jnp.nan_to_num(jnp.maximum(evidence, 0.0), posinf=0.0)
-    positive = jax.image.resize(positive, (len(evidence), size, size), "bilinear", antialias=False)
-    largest = positive.max((1, 2), keepdims=True)
-    return jnp.minimum(positive / jnp.where(largest > 0, largest, 1.0), 1.0)
+    rows, columns = (
+        enlargement(axis, count, size)
+        for axis, count in zip(places, evidence.shape[1:], strict=True)
+    )
+    enlarged = jnp.einsum("yi,nij,xj->nyx", rows, positive, columns, precision="highest")
+    largest = enlarged.max((1, 2), keepdims=True)
+    return jnp.minimum(enlarged / jnp.where(largest > 0, largest, 1.0), 1.0)

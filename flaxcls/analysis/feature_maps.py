@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxcls import ops
+from flaxcls.analysis import map_places
 from flaxcls.batch import Preprocess
 
 Variables: TypeAlias = Any
@@ -94,20 +95,43 @@ def trace(model: nn.Module, variables: Variables, p: Preprocess, dtype: Any, n: 
       p, dtype: size, channels and dtype of the images that the model sees.
       n: images a call.
     """
+    traced, num_classes, found = _trace(model, variables, p, dtype, n)
+    features = _last_map(traced.jaxpr, found)
+    cut = None if features is None else _split(traced, features)
+    return Traced(num_classes, found, cut)
+
+
+def places(model: nn.Module, variables: Variables, p: Preprocess, cut: Cut) -> map_places.Places:
+    """Returns where the pixels of the map lie in the image; evenly over it where that is unknown.
+
+    Args: as `trace`, whose cut it was.
+    """
+    n, h, w, _ = cut.features.shape
+    with ops.use_backend("flax"):  # whose operators say where they look
+        traced, _, found = _trace(model, variables, p, cut.features.dtype, n)
+    features = _last_map(traced.jaxpr, found)
+    known = None
+    if features is not None and features.aval.shape == cut.features.shape:
+        known = map_places.places(traced.jaxpr, traced.jaxpr.invars[-1], features)
+    return known or map_places.even(p.size, (h, w))
+
+
+def _trace(
+    model: nn.Module, variables: Variables, p: Preprocess, dtype: Any, n: int
+) -> tuple[Any, int, list[tuple[Path, Any]]]:
+    """Returns the program (variables, images) -> (logits, what is sown), and shapes of these."""
     images = jax.ShapeDtypeStruct((n, p.size, p.size, p.channels), dtype)
     shapes = jax.eval_shape(lambda tree: tree, variables)
     traced, (logits, intermediates) = jax.make_jaxpr(partial(apply, model), return_shape=True)(
         shapes, images
     )
-    found = sown(intermediates)
-    outputs = zip(found, traced.jaxpr.outvars[1:], strict=True)
+    return traced, logits.shape[1], sown(intermediates)
+
+
+def _last_map(program: Any, found: list[tuple[Path, Any]]) -> Any | None:
+    """Returns the variable of a program (variables, images) -> (logits, ...) to cut it at."""
+    outputs = zip(found, program.outvars[1:], strict=True)
     features = [variable for (path, _), variable in outputs if path[-1] == "features"]
-    return Traced(logits.shape[1], found, _cut(traced, features))
-
-
-def _cut(traced: Any, features: Sequence[Any]) -> Cut | None:
-    """Splits a program (variables, images) -> (logits, ...) at one of `features`, or elsewhere."""
-    program = traced.jaxpr
     pixels, logits = program.invars[-1], program.outvars[0]
     made = {variable: i for i, eqn in enumerate(program.eqns) for variable in eqn.outvars}
     of_parameters = _influence(program.eqns, [*program.invars[:-1], *program.constvars])
@@ -122,14 +146,14 @@ def _cut(traced: Any, features: Sequence[Any]) -> Cut | None:
 
     for variable in sorted(filter(is_map, features), key=made.__getitem__, reverse=True):
         if logits in _influence(program.eqns, [variable]):
-            return _split(traced, variable, made[variable])
+            return variable
     for eqn in reversed(program.eqns):
         for variable in filter(is_map, eqn.outvars):
             # Of the images' own shape it is most likely them, scaled.
             if variable in of_parameters and variable.aval.shape[1:] != pixels.aval.shape[1:]:
                 _, needed = _slice(program.eqns, [logits], {variable})
                 if variable in needed and pixels not in needed:
-                    return _split(traced, variable, made[variable])
+                    return variable
     return None
 
 
@@ -211,9 +235,10 @@ def _is_variable(atom: Any) -> bool:
     return not isinstance(atom, jex.Literal)
 
 
-def _split(traced: Any, features: Any, position: int) -> Cut:
+def _split(traced: Any, features: Any) -> Cut:
     """Splits a program of (variables, images) -> (logits, ...) at the variable `features`."""
     program = traced.jaxpr
+    (position,) = (i for i, eqn in enumerate(program.eqns) if features in eqn.outvars)
     logits, pixels = program.outvars[0], program.invars[-1]
     after, starts = _slice(program.eqns, [logits], {features})
     alone = pixels not in starts
