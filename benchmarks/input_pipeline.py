@@ -21,6 +21,7 @@ images a second, and this hardly. Exits with 1 where a ratio that is asked for i
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import signal
@@ -153,6 +154,44 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[Row], path: Path) -> bool:
+    """Draws images a second as bars; returns whether matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if "images_per_second" in row]
+    kinds = list(dict.fromkeys((row["what"], row["workers"]) for row in rows))
+    groups = [[row for row in rows if (row["what"], row["workers"]) == kind] for kind in kinds]
+    figure, all_axes = pyplot.subplots(
+        len(groups),
+        figsize=(8, 0.7 * len(groups) + 0.3 * len(rows)),
+        height_ratios=[len(group) + 1 for group in groups],
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (what, workers), group in zip(all_axes[:, 0], kinds, groups, strict=True):
+        colours = ["C0" if row["peer"].startswith("flaxcls") else "C7" for row in group]
+        bars = axes.barh(
+            [row["peer"] for row in group],
+            [row["images_per_second"] for row in group],
+            color=colours,
+        )
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+        axes.set_title(f"{what}, {workers} worker{'s' * (workers > 1)}", fontsize=9, loc="left")
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.margins(x=0.12)
+    all_axes[-1, 0].set_xlabel("images a second")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
 def missed(rows: list[Row]) -> list[str]:
     """Returns a sentence for each target that flaxcls misses."""
     sentences = []
@@ -203,7 +242,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, cores}))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.5, help="of a turn")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--json", type=Path, help="file for the result; a plot comes beside it")
     arguments = parser.parse_args()
     problem = wrong(arguments)
     if problem:
@@ -231,6 +270,8 @@ def main() -> None:
         result = {"command": command, "machine": about, "rows": rows}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        if not draw(rows, arguments.json.with_suffix(".png")):
+            print("nothing is drawn: there is no matplotlib")
     sentences = missed(rows)
     print("\n".join(sentences))
     sys.exit(1 if sentences else 0)

@@ -11,8 +11,8 @@ of D, F and the prediction follow each other in one process, since the machine's
 ratio is that of one round, and its median over the rounds is told. Last, the whole folder is
 predicted once, against the median of D * F / (D + F), its files listed, with the first compilation
 behind it. CPU is the process's: other work on the machine lowers images a second, and hardly this.
-**Video**: a moving photo, 10 s of 640 x 480 at 30 frames a second, by `fashion_net2` with its class
-activation maps, side by side; compilation is counted. **Memory**: the peak of a process that
+**Video**: a moving photo, 10 s of 640 x 480 at 30 frames a second, by `fashion_net2` with its heat
+maps, side by side; compilation is counted. **Memory**: the peak of a process that
 predicts one photo by a run of `vgg13` at 224. Returns 1 where a target is missed.
 """
 
